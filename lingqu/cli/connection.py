@@ -1,0 +1,92 @@
+"""How commands find a suite: its state folder says the ports, its dev.key opens them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+import typer
+from rich.console import Console
+
+from lingqu.client import CHANNEL_OPTIONS, Client, LingquError
+from lingqu.publishing import PublishFailed
+
+T = TypeVar("T")
+# Tables are not squeezed into 80 columns when nobody looks at a terminal.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Where a suite is. `address` is that of its public port if it is not the local one."""
+
+    state: Path
+    address: str | None
+    key: str | None
+
+    @property
+    def offset(self) -> int:
+        try:
+            return int(json.loads((self.state / "suite.json").read_text())["offset"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+    def local(self, port: int) -> str:
+        return f"127.0.0.1:{port + self.offset}"
+
+    @property
+    def public(self) -> str:
+        return self.address or self.local(8080)
+
+    @property
+    def secret(self) -> str:
+        """The key given, the one in LINGQU_KEY, or the suite's own dev.key."""
+        if given := self.key or os.environ.get("LINGQU_KEY"):
+            return given
+        try:
+            return (self.state / "dev.key").read_text().strip()
+        except OSError:
+            fail(
+                f"no key: {self.state / 'dev.key'} cannot be read. Is the suite running (`lingqu status`)? "
+                "Otherwise pass --key or set LINGQU_KEY."
+            )
+
+    def client(self) -> Client:
+        return Client(self.public, self.secret)
+
+    def channel(self, port: int) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(self.local(port), options=CHANNEL_OPTIONS)
+
+
+def fail(message: str) -> NoReturn:
+    err.print(f"[red]error:[/red] {_escaped(message)}")
+    raise typer.Exit(1)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a command's work; errors become one line, Ctrl-C a quiet end."""
+    try:
+        return asyncio.run(work)
+    except LingquError as error:
+        hint = " (is the suite running? `lingqu up`)" if error.code == grpc.StatusCode.UNAVAILABLE else ""
+        fail(f"{error}{hint}")
+    except grpc.aio.AioRpcError as error:
+        hint = " (is the suite running? `lingqu up`)" if error.code() == grpc.StatusCode.UNAVAILABLE else ""
+        fail(f"{error.details() or error.code().name}{hint}")
+    except PublishFailed as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        raise typer.Exit(130) from None
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")

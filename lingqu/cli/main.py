@@ -1,0 +1,60 @@
+"""The `lingqu` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import lingqu
+from lingqu.cli import models, suite, text
+from lingqu.cli.connection import Suite
+
+app = typer.Typer(
+    name="lingqu",
+    help="Serve language models with gRPC: run a suite on this machine, use it, look into it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lingqu {lingqu.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    state: Annotated[
+        Path, typer.Option(help="State folder of the local suite.", envvar="LINGQU_STATE")
+    ] = Path(".lingqu"),
+    address: Annotated[
+        str | None, typer.Option(help="Public port of another suite, host:port.", envvar="LINGQU_ADDRESS")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="API key. Default: LINGQU_KEY, or the local suite's dev.key.")
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    context.obj = Suite(state, address, key)
+
+
+app.command()(suite.up)
+app.command()(suite.status)
+app.command()(text.generate)
+app.command()(text.chat)
+app.command()(text.embed)
+app.command()(suite.instances)
+app.add_typer(models.app, name="models")
+app.add_typer(suite.keys, name="keys")
+
+
+def main() -> None:
+    app()

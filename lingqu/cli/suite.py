@@ -1,0 +1,127 @@
+"""`lingqu up`, `status`, `instances` and `keys`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.duration_pb2 import Duration
+from rich.table import Table
+
+from lingqu.cli.connection import Suite, err, fail, out, run
+from lingqu.cli.models import models_table, read_models
+from lingqu.gateway.v1 import gateway_pb2
+from lingqu.gateway.v1.gateway_pb2_grpc import GatewayServiceStub
+from lingqu.registry.v1 import instances_pb2
+from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
+
+GATEWAY_PORT = 8081
+REGISTRY_PORT = 8082
+
+keys = typer.Typer(help="API keys.", no_args_is_help=True)
+
+
+def up(
+    context: typer.Context,
+    port_offset: Annotated[
+        int, typer.Option(help="Added to every port, so that suites run side by side.", min=0, max=50000)
+    ] = 0,
+    otlp: Annotated[
+        str,
+        typer.Option(help="host:port of an OTLP/gRPC collector for spans.", envvar="LINGQU_OTLP_ENDPOINT"),
+    ] = "",
+    log_level: Annotated[str, typer.Option(help="Of the services: DEBUG, INFO, WARNING.")] = "INFO",
+    bundled: Annotated[bool, typer.Option(help="Publish the bundled models.")] = True,
+) -> None:
+    """Run the whole suite on this machine until Ctrl-C: etcd, registry, Triton, inference, gateway, Envoy."""
+    try:
+        from lingqu.cli.local import up as run_local
+    except ImportError as error:
+        fail(
+            f"{error.name or error} is not installed; `lingqu up` needs: pip install 'lingqu[serve,pipeline]'"
+        )
+    suite: Suite = context.obj
+    code = asyncio.run(run_local(suite, port_offset, otlp, log_level, bundled))
+    raise typer.Exit(code)
+
+
+def status(context: typer.Context) -> None:
+    """The parts of the local suite, the models, and where they run."""
+    suite: Suite = context.obj
+    try:
+        body = json.loads((suite.state / "suite.json").read_text())
+        os.kill(int(body["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        fail(f"no suite is running in {suite.state}; `lingqu up` starts one")
+    table = Table(box=None, header_style="bold")
+    for column in ("PART", "STATE", "PID", "PORTS", "RESTARTS"):
+        table.add_column(column)
+    for name, part in body["parts"].items():
+        alive = part["pid"] is not None and _alive(part["pid"])
+        table.add_row(
+            name,
+            "[green]running[/green]" if alive else "[red]down[/red]",
+            str(part["pid"] or "–"),
+            " ".join(map(str, part["ports"])),
+            str(part["restarts"]),
+        )
+    out.print(table)
+    models, hosting = run(read_models(suite))
+    out.print(models_table(models, hosting) if models else "no models")
+
+
+def instances(context: typer.Context) -> None:
+    """All live instances, as the registry knows them."""
+
+    async def work(suite: Suite) -> Any:
+        async with suite.channel(REGISTRY_PORT) as channel:
+            return await RegistryServiceStub(channel).ListInstances(
+                instances_pb2.ListInstancesRequest(), timeout=10
+            )
+
+    answer = run(work(context.obj))
+    table = Table(box=None, header_style="bold")
+    for column in ("INSTANCE", "SERVICE", "ENDPOINTS", "MODELS"):
+        table.add_column(column)
+    for instance in answer.instances:
+        endpoints = " ".join(f"{kind}={address}" for kind, address in sorted(instance.endpoints.items()))
+        models = " ".join(f"{m.model}:{m.version}" for m in instance.models)
+        table.add_row(instance.id, instance.service, endpoints, models or "–")
+    out.print(table)
+    if answer.stale:
+        err.print("[yellow]etcd is out of reach: this is the last known state[/yellow]")
+
+
+@keys.command("create")
+def create(
+    context: typer.Context,
+    client: Annotated[str, typer.Argument(help="Name of the client that will use the key.")],
+    days: Annotated[int, typer.Option(help="Valid for so many days.", min=1, max=366)] = 30,
+    admin: Annotated[bool, typer.Option(help="The key may also administer the gateway.")] = False,
+) -> None:
+    """Sign a new API key. It is shown once and stored nowhere."""
+
+    async def work(suite: Suite) -> Any:
+        async with suite.channel(GATEWAY_PORT) as channel:
+            request = gateway_pb2.CreateKeyRequest(
+                client=client, ttl=Duration(seconds=days * 86400), admin=admin
+            )
+            metadata = (("authorization", f"Bearer {suite.secret}"),)
+            return await GatewayServiceStub(channel).CreateKey(request, metadata=metadata, timeout=10)
+
+    answer = run(work(context.obj))
+    err.print(
+        f"[dim]key {answer.key_id} for {client}, valid until {answer.expire_time.ToDatetime():%Y-%m-%d}[/dim]"
+    )
+    typer.echo(answer.key)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True

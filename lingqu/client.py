@@ -1,0 +1,151 @@
+"""A thin asynchronous client: the generated stubs, a key, and retries where they are safe."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from lingqu.inference.v1 import inference_pb2 as pb
+from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
+
+T = TypeVar("T")
+Messages = Iterable[tuple[str, str]]
+# UNAVAILABLE is always safe to try again; CANCELLED from the other side means a connection was lost.
+RETRYABLE = (grpc.StatusCode.UNAVAILABLE,)
+WAIT_FIRST_S = 0.1
+WAIT_MOST_S = 2.0
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+class LingquError(Exception):
+    """A call failed: `code` is the gRPC status, `reason` the machine-readable cause (ErrorInfo), `field` the
+    field of the request that is wrong, if one is."""
+
+    def __init__(self, error: grpc.aio.AioRpcError) -> None:
+        super().__init__(error.details() or error.code().name)
+        self.code: grpc.StatusCode = error.code()
+        self.reason = ""
+        self.field = ""
+        self.retry_after_s: float | None = None
+        status = _status(error)
+        for detail in status.details if status is not None else ():
+            self._read(detail)
+
+    def _read(self, detail: Any) -> None:
+        info, bad, retry = (
+            error_details_pb2.ErrorInfo(),
+            error_details_pb2.BadRequest(),
+            error_details_pb2.RetryInfo(),
+        )
+        if detail.Unpack(info):
+            self.reason = info.reason
+        elif detail.Unpack(bad) and bad.field_violations:
+            self.field = bad.field_violations[0].field
+        elif detail.Unpack(retry):
+            self.retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+
+
+class Client:
+    """One connection to a suite; use it as `async with lingqu.Client(key=…) as client`.
+
+    `timeout` bounds every call in seconds, retries included. Generate and embed are retried while the suite
+    is unavailable; a stream only as long as nothing of it has arrived."""
+
+    def __init__(self, address: str = "127.0.0.1:8080", key: str = "", timeout: float = 120.0) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = InferenceServiceStub(self._channel)
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        self._timeout = timeout
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def generate(
+        self, model: str, prompt: str = "", messages: Messages = (), **sampling: Any
+    ) -> pb.GenerateResponse:
+        """The whole answer. `messages` are (role, content) pairs; `sampling` the fields of GenerateRequest:
+        max_tokens, temperature, top_p, top_k, seed, stop. Raises LingquError."""
+        request = _request(model, prompt, messages, sampling)
+        return await self._retried(
+            lambda left: self._stub.Generate(request, timeout=left, metadata=self._metadata)
+        )
+
+    async def stream(
+        self, model: str, prompt: str = "", messages: Messages = (), **sampling: Any
+    ) -> AsyncIterator[pb.GenerateChunk]:
+        """The answer piece by piece; leaving the iteration stops the computation. Raises LingquError."""
+        request = _request(model, prompt, messages, sampling)
+        call: Any = None
+
+        async def first(left: float) -> Any:
+            nonlocal call
+            call = self._stub.StreamGenerate(request, timeout=left, metadata=self._metadata)
+            return await call.read()
+
+        try:
+            chunk = await self._retried(first)
+            while chunk is not grpc.aio.EOF:
+                yield chunk
+                chunk = await call.read()
+        except grpc.aio.AioRpcError as error:
+            raise LingquError(error) from error
+        finally:
+            if call is not None:
+                call.cancel()
+
+    async def embed(self, model: str, inputs: Sequence[str]) -> pb.EmbedResponse:
+        """A vector for each text. Raises LingquError."""
+        request = pb.EmbedRequest(model=model, inputs=inputs)
+        return await self._retried(
+            lambda left: self._stub.Embed(request, timeout=left, metadata=self._metadata)
+        )
+
+    async def _retried(self, call: Callable[[float], Awaitable[T]]) -> T:
+        deadline = time.monotonic() + self._timeout
+        wait = WAIT_FIRST_S
+        while True:
+            try:
+                return await call(max(0.001, deadline - time.monotonic()))
+            except grpc.aio.AioRpcError as error:
+                failure = LingquError(error)
+                pause = max(wait, failure.retry_after_s or 0) * random.uniform(0.5, 1)  # noqa: S311
+                if failure.code not in RETRYABLE or time.monotonic() + pause > deadline:
+                    raise failure from error
+                wait = min(WAIT_MOST_S, wait * 2)
+            await asyncio.sleep(pause)
+
+
+def _request(model: str, prompt: str, messages: Messages, sampling: dict[str, Any]) -> pb.GenerateRequest:
+    turns = [pb.Message(role=role, content=content) for role, content in messages]
+    return pb.GenerateRequest(model=model, prompt=prompt, messages=turns, **sampling)
+
+
+def _status(error: grpc.aio.AioRpcError) -> Any:
+    """The google.rpc.Status of an error, or None if it has none or a broken one."""
+    call: Any = error  # from_call wants trailing_metadata, code and details, which the error has as well
+    try:
+        return rpc_status.from_call(call)
+    except ValueError:
+        return None

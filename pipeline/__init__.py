@@ -1,0 +1,1 @@
+"""Offline work on models: from a checkpoint to an artifact that can be published."""

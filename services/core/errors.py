@@ -1,0 +1,134 @@
+"""What can go wrong, in the suite's own words, and the one table that turns it into gRPC statuses.
+
+Code below the edge raises these; `StatusMapper` (interceptors.py) answers them. Clients branch on the
+status code and on `google.rpc.ErrorInfo.reason`, never on the text.
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+DOMAIN = "lingqu"
+
+
+class LingquError(Exception):
+    """Base of all errors with a meaning for the caller. `retry_after_s` is set where waiting helps."""
+
+    code = grpc.StatusCode.INTERNAL
+    reason = "INTERNAL"
+    retry_after_s: float | None = None
+
+
+class InvalidInput(LingquError):
+    """The caller's request is wrong; `field` is the path of the field in the request message."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
+        self.field = field
+        self.description = description
+
+
+class WrongTask(InvalidInput):
+    """The model named exists, but does another task."""
+
+    reason = "WRONG_TASK"
+
+
+class NotFound(LingquError):
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "NOT_FOUND"
+
+
+class ModelNotFound(NotFound):
+    reason = "MODEL_NOT_FOUND"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f'model "{model}" does not exist or takes no traffic')
+
+
+class LeaseExpired(NotFound):
+    """The instance's lease is gone: it has to register again."""
+
+    reason = "LEASE_EXPIRED"
+
+
+class Conflict(LingquError):
+    """Somebody else changed the same thing first; reading it again and retrying is safe."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "CONFLICT"
+
+
+class NotReady(LingquError):
+    """What the request needs has not happened yet."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "NOT_READY"
+
+
+class Unauthenticated(LingquError):
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class Unimplemented(LingquError):
+    code = grpc.StatusCode.UNIMPLEMENTED
+    reason = "UNIMPLEMENTED"
+
+
+class PermissionDenied(LingquError):
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+
+class QueueFull(LingquError):
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "QUEUE_FULL"
+    retry_after_s = 1.0
+
+
+class SlowWatcher(LingquError):
+    """A watcher fell so far behind that its buffer filled; it should watch again from a snapshot."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "SLOW_WATCHER"
+    retry_after_s = 0.1
+
+
+class BackendUnavailable(LingquError):
+    """Something we depend on is away. Nothing was changed; trying again later is safe."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "BACKEND_UNAVAILABLE"
+    retry_after_s = 1.0
+
+
+class DeadlinePassed(LingquError):
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
+def to_rpc_status(error: LingquError) -> status_pb2.Status:
+    """The error as `google.rpc.Status` with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+    details = [_pack(info)]
+    if isinstance(error, InvalidInput):
+        bad = error_details_pb2.BadRequest()
+        bad.field_violations.add(field=error.field, description=error.description)
+        details.append(_pack(bad))
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(int(error.retry_after_s * 1000))
+        details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return status_pb2.Status(code=error.code.value[0], message=str(error), details=details)
+
+
+def _pack(message: error_details_pb2.ErrorInfo) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

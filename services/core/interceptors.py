@@ -1,0 +1,146 @@
+"""The layers around every RPC handler, and the one function that orders them.
+
+A layer is an async context manager around one call. Where it applies is decided in `server_stack`.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+from grpc_status import rpc_status
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.propagate import extract
+from opentelemetry.trace import SpanKind, Status, StatusCode
+
+from services.core.errors import LingquError, QueueFull, to_rpc_status
+
+log = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+# Reflection and health are asked often and tell nothing about the service's work.
+UNTRACED = ("/grpc.reflection.", "/grpc.health.")
+
+
+def server_stack(tracer: trace.Tracer, max_in_flight: int) -> list[grpc.aio.ServerInterceptor]:
+    """All layers, outermost first."""
+    return [
+        Tracing(tracer),  # sees the final status
+        StatusMapper(),  # below here, raise domain errors
+        InFlightLimit(max_in_flight),
+    ]
+
+
+class Layer(grpc.aio.ServerInterceptor):
+    """Wraps handlers of every shape in `around`."""
+
+    @abstractmethod
+    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]: ...
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+        async def unary(request: Any, context: Context) -> Any:
+            async with self.around(method, context):
+                return await inner(request, context)
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with self.around(method, context):
+                async for response in inner(request, context):
+                    yield response
+
+        make: Any = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[bool(handler.request_streaming), bool(handler.response_streaming)]
+        wrapper: Any = stream if handler.response_streaming else unary
+        wrapped: Handler = make(wrapper, handler.request_deserializer, handler.response_serializer)
+        return wrapped
+
+
+class Tracing(Layer):
+    """One server span per call, a child of the caller's span (W3C trace context in the metadata)."""
+
+    def __init__(self, tracer: trace.Tracer) -> None:
+        self._tracer = tracer
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        if method.startswith(UNTRACED):
+            yield
+            return
+        metadata = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
+        service, _, rpc = method.lstrip("/").partition("/")
+        token = otel_context.attach(extract(metadata))
+        try:
+            with self._tracer.start_as_current_span(
+                method.lstrip("/"),
+                kind=SpanKind.SERVER,
+                attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": rpc},
+                record_exception=False,
+                set_status_on_exception=False,
+            ) as span:
+                try:
+                    yield
+                finally:
+                    code = context.code()
+                    number = code if isinstance(code, int) else code.value[0] if code else 0
+                    span.set_attribute("rpc.grpc.status_code", number)
+                    if number:
+                        span.set_status(Status(StatusCode.ERROR, context.details() or ""))
+        finally:
+            otel_context.detach(token)
+
+
+class StatusMapper(Layer):
+    """Turns what handlers raise into the status and details that clients see."""
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        try:
+            yield
+        except LingquError as error:
+            await context.abort_with_status(rpc_status.to_status(to_rpc_status(error)))
+        except (grpc.aio.AbortError, grpc.aio.UsageError):
+            raise
+        except Exception:
+            log.exception("%s failed", method)
+            unknown = LingquError("internal error; the service's log has the details")
+            await context.abort_with_status(rpc_status.to_status(to_rpc_status(unknown)))
+
+
+class InFlightLimit(Layer):
+    """Refuses calls above a bound, so that a flood costs memory only up to it. Health is always answered."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_flight = 0
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        if method.startswith(UNTRACED):
+            yield
+            return
+        if self._in_flight >= self._limit:
+            raise QueueFull(f"{self._limit} calls are in progress already; try again later")
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1

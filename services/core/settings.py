@@ -1,0 +1,49 @@
+"""Settings are a value: read from the environment once, in `__main__`, and validated as a whole."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_ADDRESS = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})$")
+
+
+def _address(value: str) -> str:
+    match = _ADDRESS.match(value)
+    if not match or int(match[2]) > 65535:
+        raise ValueError(f'"{value}" is not host:port')
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
+class Settings(BaseSettings):
+    """What every service reads. Each field is the environment variable LINGQU_<FIELD>."""
+
+    model_config = SettingsConfigDict(env_prefix="LINGQU_", frozen=True, extra="ignore")
+
+    log_level: str = "INFO"
+    otlp_endpoint: str = ""
+    """host:port of an OTLP/gRPC collector for spans; empty: no spans are exported."""
+    grace_s: float = 5.0
+    """How long running calls may go on after a stop was asked for."""
+    max_in_flight: int = 4096
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(kind: type[S]) -> S:
+    """Read the environment; on any mistake, name every wrong variable and end the process with code 2."""
+    try:
+        return kind()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "LINGQU_" + "_".join(str(part) for part in problem["loc"]).upper()
+            sys.stderr.write(f"{name}: {problem['msg']}\n")
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""The gateway: Envoy moves the requests, this control plane tells it how."""

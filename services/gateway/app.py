@@ -1,0 +1,121 @@
+"""Puts the control plane together: registry watches → view → snapshot → Envoys; keys; health of the entry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import grpc
+from envoy.service.discovery.v3 import ads_pb2_grpc
+from grpc_health.v1 import health_pb2
+from tritonclient.grpc import service_pb2 as _oip  # noqa: F401 - reflection shows it
+
+from lingqu.gateway.v1.gateway_pb2_grpc import add_GatewayServiceServicer_to_server
+from services.core.discovery import Model, Registry, Replica, Watched
+from services.core.interceptors import server_stack
+from services.core.lifecycle import SERVER_OPTIONS, serving
+from services.core.settings import Address, Settings
+from services.core.tasks import background
+from services.core.telemetry import tracing
+from services.gateway.ads import Ads, Snapshots
+from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
+from services.gateway.keys import KeyRing, write_secret
+from services.gateway.service import Gateway
+from services.gateway.snapshot import Entry, snapshot
+from services.gateway.view import View, view
+
+GATEWAY_SERVICE = "lingqu.gateway.v1.GatewayService"
+# Changes that come together make one snapshot.
+DEBOUNCE_S = 0.01
+
+
+class GatewaySettings(Settings):
+    public_listen: Address = "127.0.0.1:8080"
+    """Where Envoy listens for clients."""
+    gateway_listen: Address = "127.0.0.1:8081"
+    gateway_address: Address | None = None
+    """Where Envoy reaches this process; default: gateway_listen."""
+    registry: Address = "127.0.0.1:8082"
+    signing_key: Path = Path(".lingqu/gateway/signing.pem")
+    dev_key: Path | None = None
+    """If set, an admin key is written there at start, valid for 30 days."""
+
+
+class ControlPlane:
+    """Turns every change of the registry into a snapshot."""
+
+    def __init__(self, entry: Entry, registry: Registry) -> None:
+        self._entry = entry
+        self._changed = asyncio.Event()
+        self._replicas: Watched[Replica] = registry.watched_replicas("inference", self._changed)
+        self._models: Watched[Model] = registry.watched_models(self._changed)
+        self.snapshots = Snapshots()
+        self._view = View((), ())
+
+    def state(self) -> tuple[str, View, bool]:
+        current = self.snapshots.current
+        connected = self._replicas.connected and self._models.connected
+        return current.version if current else "", self._view, connected
+
+    def watches(self) -> AbstractAsyncContextManager[None]:
+        return background(self._replicas.run(), self._models.run(), self._follow())
+
+    async def _follow(self) -> None:
+        # Until the registry has told all, Envoy keeps what it has: an unknown suite is not an empty one.
+        await asyncio.gather(self._replicas.synced.wait(), self._models.synced.wait())
+        while True:
+            self._changed.clear()
+            self._view = view(self._replicas.items.values(), self._models.items.values())
+            made = snapshot(self._view, self._entry)
+            if self.snapshots.current is None or made.version != self.snapshots.current.version:
+                await self.snapshots.publish(made)
+            await self._changed.wait()
+            await asyncio.sleep(DEBOUNCE_S)
+
+
+@asynccontextmanager
+async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
+    async with AsyncExitStack() as stack:
+        tracer = stack.enter_context(tracing("lingqu-gateway-control", cfg.otlp_endpoint))
+        keys = KeyRing.at(cfg.signing_key)
+        if cfg.dev_key is not None:
+            write_secret(cfg.dev_key, keys.mint("dev", admin=True).key.encode())
+        registry = Registry(cfg.registry)
+        stack.push_async_callback(registry.close)
+        entry = Entry(
+            listen=cfg.public_listen,
+            control=cfg.gateway_address or cfg.gateway_listen,
+            jwks=keys.jwks(),
+            traces=cfg.otlp_endpoint,
+        )
+        control = ControlPlane(entry, registry)
+        ads = Ads(control.snapshots)
+        server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
+        ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(ads, server)
+        add_GatewayServiceServicer_to_server(Gateway(keys, control.state, ads.planes.values), server)
+        await stack.enter_async_context(control.watches())
+        # Health and reflection of the public port are answered here, for the services behind it.
+        public = [TEXT_SERVICE, TENSOR_SERVICE, GATEWAY_SERVICE]
+        checks = await stack.enter_async_context(serving(server, cfg.gateway_listen, public, cfg.grace_s))
+        await stack.enter_async_context(background(_report_health(control, checks)))
+        yield
+
+
+async def _report_health(control: ControlPlane, checks: object) -> None:
+    """SERVING for a service as long as some replica can answer it."""
+    while True:
+        _, now, _ = control.state()
+        able = {
+            TEXT_SERVICE: any(t.text_endpoints for t in now.targets),
+            TENSOR_SERVICE: bool(now.tritons),
+        }
+        for service, serves in able.items():
+            status = (
+                health_pb2.HealthCheckResponse.SERVING
+                if serves
+                else health_pb2.HealthCheckResponse.NOT_SERVING
+            )
+            await checks.set(service, status)  # type: ignore[attr-defined]
+        await asyncio.sleep(0.5)

@@ -1,0 +1,52 @@
+"""Which field of which request names the model, and the descriptors Envoy needs to read it."""
+
+from __future__ import annotations
+
+import base64
+from functools import cache
+from typing import Any
+
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from tritonclient.grpc import service_pb2 as oip_pb2
+
+from lingqu.inference.v1 import inference_pb2
+
+TEXT_SERVICE = "lingqu.inference.v1.InferenceService"
+TENSOR_SERVICE = "inference.GRPCInferenceService"
+
+TEXT_METHODS = ("Generate", "StreamGenerate", "Embed")
+# The protocol's other methods change the server or its memory: they are not for clients.
+TENSOR_INFERENCE = ("ModelInfer", "ModelStreamInfer")
+TENSOR_DESCRIPTION = ("ModelMetadata", "ModelReady", "ModelConfig", "ModelStatistics")
+TENSOR_SERVER = ("ServerLive", "ServerReady", "ServerMetadata")
+
+
+def extractions() -> dict[str, Any]:
+    """grpc_field_extraction's extractions_by_method."""
+    fields = {f"{TEXT_SERVICE}.{method}": ["model"] for method in TEXT_METHODS}
+    fields |= {f"{TENSOR_SERVICE}.{method}": ["model_name", "model_version"] for method in TENSOR_INFERENCE}
+    fields |= {f"{TENSOR_SERVICE}.{method}": ["name", "version"] for method in TENSOR_DESCRIPTION}
+    return {
+        method: {"request_field_extractions": {name: {} for name in names}}
+        for method, names in fields.items()
+    }
+
+
+@cache
+def descriptor_set() -> str:
+    """base64 of the FileDescriptorSet of both services with all they import."""
+    files: dict[str, FileDescriptor] = {}
+
+    def add(file: FileDescriptor) -> None:
+        if file.name not in files:
+            for dependency in file.dependencies:
+                add(dependency)
+            files[file.name] = file
+
+    add(inference_pb2.DESCRIPTOR)
+    add(oip_pb2.DESCRIPTOR)
+    found = FileDescriptorSet()
+    for file in files.values():
+        file.CopyToProto(found.file.add())
+    return base64.b64encode(found.SerializeToString()).decode()

@@ -1,0 +1,37 @@
+"""Envoy's messages: importing them here makes their types known to protobuf's JSON parser."""
+
+from __future__ import annotations
+
+from envoy.config.cluster.v3 import cluster_pb2
+from envoy.config.endpoint.v3 import endpoint_pb2
+from envoy.config.listener.v3 import listener_pb2
+from envoy.config.route.v3 import route_pb2
+from envoy.config.trace.v3 import opentelemetry_pb2  # noqa: F401
+from envoy.extensions.access_loggers.filters.cel.v3 import cel_pb2  # noqa: F401
+from envoy.extensions.filters.http.grpc_field_extraction.v3 import config_pb2 as extraction_pb2  # noqa: F401
+from envoy.extensions.filters.http.jwt_authn.v3 import config_pb2 as jwt_pb2  # noqa: F401
+from envoy.extensions.filters.http.lua.v3 import lua_pb2  # noqa: F401
+from envoy.extensions.filters.http.router.v3 import router_pb2  # noqa: F401
+from envoy.extensions.filters.network.http_connection_manager.v3 import (
+    http_connection_manager_pb2,  # noqa: F401
+)
+from envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
+    header_mutation_pb2,  # noqa: F401
+)
+from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2  # noqa: F401
+from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2  # noqa: F401
+
+_PREFIX = "type.googleapis.com/envoy.config"
+CLUSTER = f"{_PREFIX}.cluster.v3.Cluster"
+ENDPOINTS = f"{_PREFIX}.endpoint.v3.ClusterLoadAssignment"
+LISTENER = f"{_PREFIX}.listener.v3.Listener"
+ROUTES = f"{_PREFIX}.route.v3.RouteConfiguration"
+
+# In the order in which additions are safe: nothing names what is not there yet.
+ORDER = (CLUSTER, ENDPOINTS, LISTENER, ROUTES)
+MESSAGES = {
+    CLUSTER: cluster_pb2.Cluster,
+    ENDPOINTS: endpoint_pb2.ClusterLoadAssignment,
+    LISTENER: listener_pb2.Listener,
+    ROUTES: route_pb2.RouteConfiguration,
+}

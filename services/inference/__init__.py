@@ -1,0 +1,1 @@
+"""The inference service: the text API, and the agent of the Triton beside it."""

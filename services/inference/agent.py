@@ -1,0 +1,187 @@
+"""The agent of one Triton: makes it serve the versions the registry wants, and says so once they are proven.
+
+For each version: fetch and verify the artifact → lay it out → load it beside the others → check it against
+its golden examples → announce it READY. What fails is taken out again and announced FAILED with the reason.
+When Triton dies its versions go back to LOADING, and all are loaded again when it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.core.discovery import FAILED, LOADING, READY, Hosted, Model, Version, VersionKey
+from services.core.errors import LingquError
+from services.inference import golden
+from services.inference.artifact import Manifest
+from services.inference.placement import desired
+from services.inference.repository import Repository
+from services.inference.session import Session
+from services.inference.store import ArtifactRefused, Store
+from services.inference.text import TextModel
+from services.inference.triton import LoadFailed, Triton
+from services.inference.vectors import VectorModel
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+
+
+class TensorModel:
+    """A model that only Triton's own protocol reaches."""
+
+    def __init__(self, key: VersionKey) -> None:
+        self.key = key
+
+    async def close(self) -> None:
+        """Holds nothing open."""
+
+
+Served = TextModel | VectorModel | TensorModel
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a text model may use: sequences in progress at once."""
+
+    max_sequences: int
+
+
+class Agent:
+    """`served` is what requests may use; `announce` is told every change of the states."""
+
+    def __init__(
+        self,
+        triton: Triton,
+        store: Store,
+        repository: Repository,
+        limits: Limits,
+        announce: Callable[[Iterable[Hosted]], None],
+    ) -> None:
+        self._triton = triton
+        self._store = store
+        self._repository = repository
+        self._limits = limits
+        self._announce = announce
+        self._states: dict[VersionKey, Hosted] = {}
+        self.served: dict[VersionKey, Served] = {}
+
+    async def run(self, models: Callable[[], Iterable[Model]], changed: asyncio.Event) -> None:
+        """Reconcile at every change and twice a second, for ever."""
+        while True:
+            changed.clear()
+            try:
+                await self._reconcile(desired(models()))
+            except LingquError as err:
+                log.warning("Triton: %s", err)
+            try:
+                await asyncio.wait_for(changed.wait(), POLL_S)
+            except TimeoutError:
+                continue
+
+    async def close(self) -> None:
+        for model in self.served.values():
+            await model.close()
+
+    async def _reconcile(self, wanted: list[Version]) -> None:
+        alive = await self._triton.ready_versions()
+        await self._drop_lost(alive or set())
+        keys = {version.key for version in wanted}
+        for key in [k for k in self._states if k not in keys]:
+            await self._retire(key)
+        for version in wanted:
+            if version.key not in self._states:
+                self._set(Hosted(version.key, LOADING))
+        if alive is None:
+            return
+        for version in wanted:
+            if self._states[version.key].state == LOADING:
+                await self._load(version)
+
+    async def _drop_lost(self, alive: set[VersionKey]) -> None:
+        """Versions that Triton no longer has, or whose session broke, have to be loaded again."""
+        for key, model in list(self.served.items()):
+            broken = isinstance(model, TextModel) and model.session.lost.is_set()
+            if key in alive and not broken:
+                continue
+            log.warning("%s was lost with its Triton; loading it again", key)
+            del self.served[key]
+            self._set(Hosted(key, LOADING))
+            await model.close()
+
+    async def _load(self, version: Version) -> None:
+        key = version.key
+        log.info("%s: fetching %s", key, version.uri)
+        model: Served | None = None
+        try:
+            folder = await asyncio.to_thread(self._store.fetch, version.uri, version.sha256)
+            manifest = Manifest.read(folder)
+            if manifest.task != version.task:
+                raise ArtifactRefused(f'{version.uri} is for "{manifest.task}", not for "{version.task}"')
+            await asyncio.to_thread(self._repository.add, key, folder, manifest)
+            await self._triton.load(key.model)
+            model = await self._proven(key, folder, manifest)
+        except (ArtifactRefused, LoadFailed, golden.GoldenMismatch, ValueError, OSError) as err:
+            log.error("%s refused: %s", key, err)  # noqa: TRY400 - the text says it all
+            await self._withdraw(key)
+            self._set(Hosted(key, FAILED, _short(err)))
+            return
+        self.served[key] = model
+        self._set(Hosted(key, READY))
+        log.info("%s: ready", key)
+
+    async def _proven(self, key: VersionKey, folder: Path, manifest: Manifest) -> Served:
+        if manifest.text is not None:
+            session = Session(self._triton, key, self._limits.max_sequences)
+            text = TextModel(key, manifest.text, folder, session)
+            try:
+                async with asyncio.timeout(golden.TIMEOUT_S):
+                    await golden.check_text(text, manifest)
+            except BaseException:
+                await text.close()
+                raise
+            return text
+        if manifest.vector is not None:
+            vectors = VectorModel(key, manifest.vector, folder, self._triton)
+            await golden.check_vectors(vectors, manifest)
+            return vectors
+        return TensorModel(key)
+
+    async def _retire(self, key: VersionKey) -> None:
+        """Nobody wants the version any more: finish what runs, then unload it."""
+        model = self.served.get(key)
+        if isinstance(model, TextModel) and model.session.in_flight:
+            return  # looked at again in POLL_S
+        self.served.pop(key, None)
+        if model is not None:
+            await model.close()
+        await self._withdraw(key)
+        del self._states[key]
+        self._tell()
+        log.info("%s: retired", key)
+
+    async def _withdraw(self, key: VersionKey) -> None:
+        """Take a version out of Triton and leave the model's others as they are."""
+        others = await asyncio.to_thread(self._repository.remove, key)
+        try:
+            if others:
+                await self._triton.load(key.model)
+            else:
+                await self._triton.unload(key.model)
+        except LoadFailed as err:
+            log.warning("after taking out %s: %s", key, err)
+
+    def _set(self, hosted: Hosted) -> None:
+        self._states[hosted.key] = hosted
+        self._tell()
+
+    def _tell(self) -> None:
+        self._announce(sorted(self._states.values(), key=lambda h: h.key))
+
+
+def _short(err: Exception) -> str:
+    text = " ".join(str(err).split())
+    return text if len(text) <= 500 else text[:497] + "…"

@@ -1,0 +1,88 @@
+"""Puts the inference service together: registry watch, agent, registration, server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import grpc
+
+from lingqu.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from services.core.discovery import Model, Registration, Registry, Replica, Watched
+from services.core.interceptors import server_stack
+from services.core.lifecycle import SERVER_OPTIONS, serving
+from services.core.settings import Address, Settings
+from services.core.tasks import background
+from services.core.telemetry import tracing
+from services.inference.agent import Agent, Limits
+from services.inference.repository import Repository
+from services.inference.routing import Routing
+from services.inference.service import Inference
+from services.inference.store import Store
+from services.inference.triton import Triton
+
+SERVICE = "lingqu.inference.v1.InferenceService"
+
+
+class InferenceSettings(Settings):
+    inference_listen: Address = "127.0.0.1:8083"
+    inference_address: Address | None = None
+    """Where others reach this process; default: inference_listen."""
+    triton: Address = "127.0.0.1:8001"
+    registry: Address = "127.0.0.1:8082"
+    instance_ttl_s: int = 10
+    artifacts: Path = Path(".lingqu/artifacts")
+    """Folder of verified copies of artifacts."""
+    model_repository: Path = Path(".lingqu/triton/models")
+    """Triton's --model-repository."""
+    kv_cache_gib: int = 1
+    """Memory of a text engine's KV cache, GiB."""
+    max_sequences: int = 256
+    """Sequences of one text model in progress at once; more are refused with RESOURCE_EXHAUSTED."""
+
+
+@asynccontextmanager
+async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
+    async with AsyncExitStack() as stack:
+        tracer = stack.enter_context(tracing("lingqu-inference", cfg.otlp_endpoint))
+        registry, triton = Registry(cfg.registry), Triton(cfg.triton)
+        stack.push_async_callback(registry.close)
+        stack.push_async_callback(triton.close)
+
+        address = cfg.inference_address or cfg.inference_listen
+        replica = Replica(
+            f"inference-{address.replace(':', '-')}", "inference", {"grpc": address, "oip": cfg.triton}
+        )
+        registration = Registration(registry, replica, cfg.instance_ttl_s)
+        changed = asyncio.Event()
+        models = registry.watched_models(changed)
+        parameters = {
+            "kv_cache_gib": str(cfg.kv_cache_gib),
+            "max_sequences": str(cfg.max_sequences),
+            "otlp_endpoint": cfg.otlp_endpoint,
+        }
+        agent = Agent(
+            triton,
+            Store(cfg.artifacts),
+            Repository(cfg.model_repository, parameters),
+            Limits(cfg.max_sequences),
+            registration.update,
+        )
+        stack.push_async_callback(agent.close)
+        await stack.enter_async_context(background(models.run(), _follow(agent, models, changed)))
+
+        server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
+        add_InferenceServiceServicer_to_server(Inference(Routing(lambda: models.items, agent.served)), server)
+        await stack.enter_async_context(serving(server, cfg.inference_listen, [SERVICE], cfg.grace_s))
+        # Known to others last, forgotten by them first.
+        stack.push_async_callback(registration.withdraw)
+        await stack.enter_async_context(background(registration.run()))
+        yield
+
+
+async def _follow(agent: Agent, models: Watched[Model], changed: asyncio.Event) -> None:
+    """Act only on what the registry has said: an unknown state is not an empty one."""
+    await models.synced.wait()
+    await agent.run(lambda: models.items.values(), changed)

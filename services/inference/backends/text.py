@@ -1,0 +1,157 @@
+"""The text model inside Triton: OpenVINO GenAI's continuous batching, fed from two kinds of requests.
+
+- Sessions (wire.py): what the inference service uses.
+- Plain Open Inference Protocol requests, for any client: `text_input` (BYTES [1], taken as it is) and
+  optionally `sampling_parameters` (BYTES [1], JSON with max_tokens, temperature, top_p, top_k, seed), as
+  Triton's vLLM backend names them; answered by `text_output` and `output_ids` until the final response.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import openvino_genai as og
+import triton_python_backend_utils as pb_utils
+from tokenizers import Tokenizer
+
+from services.inference.artifact import Manifest, TextSpec
+from services.inference.backends import wire
+from services.inference.backends.engine import Engine, Job, Sampling, Sink
+from services.inference.backends.sinks import FINAL, RequestSink, SessionSink
+from services.inference.backends.spans import EngineSpans, forwarded_traceparent
+from services.inference.tokens import Detokenizer
+
+DEFAULT_MAX_TOKENS = 256
+
+
+class TritonPythonModel:
+    """Triton's interface: initialize, execute, finalize."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
+        folder = Path(args["model_repository"]) / args["model_version"]
+        spec = Manifest.read(folder).text
+        if spec is None:
+            raise pb_utils.TritonModelException("the artifact's manifest describes no text model")
+        self._spec: TextSpec = spec
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        scheduler = og.SchedulerConfig()
+        scheduler.cache_size = int(parameters["kv_cache_gib"])
+        scheduler.max_num_seqs = int(parameters["max_sequences"])
+        scheduler.enable_prefix_caching = True
+        self._pipeline = og.ContinuousBatchingPipeline(str(folder / spec.weights), scheduler, "CPU")
+        self._spans = EngineSpans(parameters.get("otlp_endpoint", ""), config["name"])
+        self._engine = Engine(self._pipeline, self._add, pb_utils.Logger.log_error)
+        self._sessions: dict[str, SessionSink] = {}
+
+    def finalize(self) -> None:
+        self._engine.close()
+        self._spans.close()
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                tensor = pb_utils.get_input_tensor_by_name(request, wire.SESSION)
+                if tensor is None:
+                    self._on_plain(request, sender)
+                else:
+                    self._on_command(wire.load(tensor.as_numpy().reshape(-1)[0]), sender)
+            except ValueError as err:
+                sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(err))), flags=FINAL)
+
+    def _on_command(self, command: wire.Command, sender: Any) -> None:
+        if command.op == "open":
+            self._sessions = {name: sink for name, sink in self._sessions.items() if not sink.gone()}
+            self._sessions[command.session] = SessionSink(sender, self._spans)
+            return
+        sink = self._sessions.get(command.session)
+        if sink is None:
+            raise ValueError("no such session: open one first")
+        if command.op == "submit" and command.job is not None:
+            self._check(command.job)
+            sink.begin(command.key, command.traceparent, len(command.job.input_ids))
+            self._submit(command.job, sink)
+        elif command.op == "cancel":
+            self._engine.cancel(sink, command.key)
+        else:
+            raise ValueError(f'unknown command "{command.op}"')
+        sender.send(flags=FINAL)
+
+    def _on_plain(self, request: Any, sender: Any) -> None:
+        text = _string(request, "text_input")
+        if text is None:
+            raise ValueError('input "text_input" is missing')
+        job = Job(0, self._tokenizer.encode(text).ids, _sampling(_string(request, "sampling_parameters")))
+        self._check(job)
+        traceparent = forwarded_traceparent(request.parameters())
+        span = self._spans.start(traceparent, len(job.input_ids))
+        self._submit(job, RequestSink(sender, Detokenizer(self._tokenizer), span))
+
+    def _check(self, job: Job) -> None:
+        """Raises ValueError. The engine itself would compute nonsense for a token it does not know."""
+        if not job.input_ids:
+            raise ValueError("the prompt is empty")
+        if min(job.input_ids) < 0 or max(job.input_ids) >= self._spec.vocabulary:
+            raise ValueError(f"token ids are 0 to {self._spec.vocabulary - 1}")
+        if job.sampling.max_tokens < 1:
+            raise ValueError("max_tokens is 1 or more")
+        if len(job.input_ids) + job.sampling.max_tokens > self._spec.context_tokens:
+            raise ValueError(
+                f"prompt ({len(job.input_ids)} tokens) and max_tokens ({job.sampling.max_tokens}) "
+                f"exceed the context of {self._spec.context_tokens} tokens"
+            )
+
+    def _submit(self, job: Job, sink: Sink) -> None:
+        try:
+            self._engine.submit(job, sink)
+        except queue.Full as err:
+            raise ValueError("too many requests wait for the engine; try again later") from err
+
+    def _add(self, number: int, job: Job) -> Any:
+        ids = openvino.Tensor(np.array([job.input_ids], dtype=np.int64))
+        return self._pipeline.add_request(number, ids, self._generation_config(job.sampling))
+
+    def _generation_config(self, sampling: Sampling) -> og.GenerationConfig:
+        config = og.GenerationConfig()
+        config.max_new_tokens = sampling.max_tokens
+        config.stop_token_ids = set(self._spec.eos_token_ids)
+        config.ignore_eos = sampling.ignore_eos
+        config.do_sample = sampling.temperature > 0
+        if config.do_sample:
+            config.temperature = sampling.temperature
+            config.top_p = sampling.top_p
+            config.rng_seed = sampling.seed
+            if sampling.top_k:
+                config.top_k = sampling.top_k
+        return config
+
+
+def _string(request: Any, name: str) -> str | None:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return None
+    try:
+        return str(tensor.as_numpy().reshape(-1)[0].decode())
+    except UnicodeDecodeError as err:
+        raise ValueError(f'input "{name}" is not UTF-8') from err
+
+
+def _sampling(raw: str | None) -> Sampling:
+    try:
+        given = json.loads(raw) if raw else {}
+        return Sampling(
+            max_tokens=int(given.get("max_tokens", DEFAULT_MAX_TOKENS)),
+            temperature=float(given.get("temperature", 0.0)),
+            top_p=float(given.get("top_p", 1.0)),
+            top_k=int(given.get("top_k", 0)),
+            seed=int(given.get("seed", 0)),
+        )
+    except (ValueError, TypeError, AttributeError) as err:
+        raise ValueError(f'input "sampling_parameters" is not a JSON object of numbers: {err}') from err

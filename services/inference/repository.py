@@ -1,0 +1,123 @@
+"""Triton's model repository as the agent writes it: one folder a model, one numbered folder a version.
+
+Triton loads a version again when the time stamps in its folder have changed, so a folder is made
+completely, byte code included, before it is moved into place, and never touched afterwards.
+"""
+
+from __future__ import annotations
+
+import py_compile
+import shutil
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as config_pb2
+
+from services.core.discovery import VersionKey
+from services.inference.artifact import MANIFEST, Manifest, digest_file
+from services.inference.backends import wire
+
+_CLASS = "from services.inference.backends.{module} import TritonPythonModel as TritonPythonModel\n"
+MAX_BATCH = 64
+QUEUE_DELAY_US = 300  # how long the first request of a batch waits for others
+
+
+class Repository:
+    """Owns the folder. `parameters` are handed to every text and vector model."""
+
+    def __init__(self, root: Path, parameters: dict[str, str]) -> None:
+        self._root = root
+        self._parameters = parameters
+        root.mkdir(parents=True, exist_ok=True)
+
+    def add(self, key: VersionKey, folder: Path, manifest: Manifest) -> None:
+        """Lay out a version; nothing changes if it is there already."""
+        home = self._root / key.model
+        target = home / str(key.version)
+        config = text_format.MessageToString(self._config(key.model, folder, manifest))
+        home.mkdir(exist_ok=True)
+        config_file = home / "config.pbtxt"
+        if not config_file.is_file() or config_file.read_text() != config:
+            config_file.write_text(config)
+        if target.is_dir() and _same(target / MANIFEST, folder / MANIFEST):
+            return
+        staging = self._root / f".{key.model}.{key.version}"
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        staging.mkdir()
+        for name in (MANIFEST, *manifest.files):
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).symlink_to((folder / name).resolve())
+        model = staging / "model.py"
+        if manifest.tensor is None:
+            model.write_text(_CLASS.format(module="text" if manifest.text else "vector"))
+        elif manifest.tensor.model != "model.py":
+            model.symlink_to((folder / manifest.tensor.model).resolve())
+        py_compile.compile(str(model), cfile=str(_byte_code(model)), dfile=str(target / "model.py"))
+        staging.rename(target)
+
+    def remove(self, key: VersionKey) -> bool:
+        """Take a version out; True if its model has others left."""
+        home = self._root / key.model
+        shutil.rmtree(home / str(key.version), ignore_errors=True)
+        if home.is_dir() and any(child.name.isdigit() for child in home.iterdir()):
+            return True
+        shutil.rmtree(home, ignore_errors=True)
+        return False
+
+    def clear(self) -> None:
+        """Start from nothing: what an earlier run left may not be wanted any more."""
+        shutil.rmtree(self._root, ignore_errors=True)
+        self._root.mkdir(parents=True)
+
+    def _config(self, name: str, folder: Path, manifest: Manifest) -> Any:
+        if manifest.tensor is not None:
+            config = text_format.Parse(
+                (folder / manifest.tensor.config).read_text(), config_pb2.ModelConfig()
+            )
+        elif manifest.text is not None:
+            config = _text_config()
+        else:
+            assert manifest.vector is not None  # noqa: S101 - Manifest has exactly one of the three
+            config = _vector_config(manifest.vector.dimensions)
+        if manifest.tensor is None:
+            for key, value in self._parameters.items():
+                config.parameters[key].string_value = value
+        config.name = name
+        config.version_policy.all.SetInParent()
+        return config
+
+
+def _text_config() -> Any:
+    config = config_pb2.ModelConfig(backend="python", max_batch_size=0)
+    config.model_transaction_policy.decoupled = True
+    for name in (wire.SESSION, "text_input", "sampling_parameters"):
+        config.input.add(name=name, data_type=config_pb2.TYPE_STRING, dims=[1], optional=True)
+    config.output.add(name="text_output", data_type=config_pb2.TYPE_STRING, dims=[1])
+    config.output.add(name="output_ids", data_type=config_pb2.TYPE_INT32, dims=[-1])
+    config.output.add(name=wire.STEP, data_type=config_pb2.TYPE_INT32, dims=[-1, 3])
+    config.instance_group.add(count=1, kind=config_pb2.ModelInstanceGroup.KIND_CPU)
+    return config
+
+
+def _vector_config(dimensions: int) -> Any:
+    config = config_pb2.ModelConfig(backend="python", max_batch_size=MAX_BATCH)
+    for name in ("input_ids", "attention_mask"):
+        # Ragged: texts of different lengths share a batch; the model pads them.
+        config.input.add(name=name, data_type=config_pb2.TYPE_INT64, dims=[-1], allow_ragged_batch=True)
+    config.output.add(name="embedding", data_type=config_pb2.TYPE_FP32, dims=[dimensions])
+    config.instance_group.add(count=1, kind=config_pb2.ModelInstanceGroup.KIND_CPU)
+    config.dynamic_batching.max_queue_delay_microseconds = QUEUE_DELAY_US
+    return config
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and digest_file(one) == digest_file(other)
+
+
+def _byte_code(source: Path) -> Path:
+    """Where the interpreter looks for it."""
+    import importlib.util
+
+    return Path(importlib.util.cache_from_source(str(source)))

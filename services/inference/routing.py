@@ -1,0 +1,32 @@
+"""From the name in a request to the model that answers it here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from services.core.discovery import Model, VersionKey
+from services.core.errors import BackendUnavailable, InvalidInput, ModelNotFound
+from services.inference.agent import Served
+
+
+class Routing:
+    """`models` is the registry's view, `served` what this replica has ready."""
+
+    def __init__(
+        self, models: Callable[[], Mapping[str, Model]], served: Mapping[VersionKey, Served]
+    ) -> None:
+        self._models = models
+        self._served = served
+
+    def model(self, name: str, version: str = "") -> Served:
+        """Raises InvalidInput, ModelNotFound or BackendUnavailable."""
+        if not name:
+            raise InvalidInput("model", "is required; `lingqu models list` shows the names")
+        known = self._models().get(name)
+        number = int(version) if version.isdigit() else known.traffic if known else 0
+        if known is None or not number:
+            raise ModelNotFound(name[:64])
+        served = self._served.get(VersionKey(name, number))
+        if served is None:
+            raise BackendUnavailable(f'version {number} of "{name}" is being loaded on this replica')
+        return served

@@ -1,0 +1,58 @@
+"""`InferenceService`: convert, delegate, convert."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import TypeVar
+
+from lingqu.inference.v1 import inference_pb2 as pb
+from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceServicer
+from services.core.errors import WrongTask
+from services.core.interceptors import Context
+from services.inference import convert
+from services.inference.routing import Routing
+from services.inference.text import Delta, TextModel
+from services.inference.vectors import VectorModel
+
+VERSION_HEADER = "x-lingqu-model-version"
+
+M = TypeVar("M", TextModel, VectorModel)
+
+
+class Inference(InferenceServiceServicer):
+    def __init__(self, routing: Routing) -> None:
+        self._routing = routing
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        job = convert.to_generate_job(request)
+        model = self._model(request.model, TextModel, "generates no text", context)
+        texts, last = [], Delta("")
+        async with aclosing(model.generate(job)) as deltas:
+            async for last in deltas:
+                texts.append(last.text)
+        return convert.to_generate_response("".join(texts), last, str(model.key.version))
+
+    async def StreamGenerate(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateChunk]:
+        job = convert.to_generate_job(request)
+        model = self._model(request.model, TextModel, "generates no text", context)
+        version = str(model.key.version)
+        async with aclosing(model.generate(job)) as deltas:
+            async for delta in deltas:
+                yield convert.to_chunk(delta, version)
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        texts = convert.to_texts(request)
+        model = self._model(request.model, VectorModel, "makes no vectors", context)
+        vectors = await model.embed(texts, context.time_remaining())
+        return convert.to_embed_response(vectors, str(model.key.version))
+
+    def _model(self, name: str, kind: type[M], otherwise: str, context: Context) -> M:
+        """The gateway says which version; without its word the registry's traffic decides."""
+        metadata = dict(context.invocation_metadata() or ())
+        model = self._routing.model(name, str(metadata.get(VERSION_HEADER, "")))
+        if not isinstance(model, kind):
+            raise WrongTask("model", f'"{name}" {otherwise}')
+        return model

@@ -1,0 +1,146 @@
+"""This process's session with a text model in Triton: one stream for all sequences (backends/wire.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+
+from services.core.discovery import VersionKey
+from services.core.errors import BackendUnavailable, LingquError, QueueFull
+from services.inference.backends import wire
+from services.inference.backends.engine import Finish, Job, Sampling
+from services.inference.triton import Triton, command_request
+
+log = logging.getLogger(__name__)
+
+OPEN_ID = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one or more steps of the engine gave one sequence."""
+
+    tokens: tuple[int, ...]
+    finish: Finish
+
+
+class Session:
+    """Lives from the version's load to its unload or to the loss of Triton; `lost` is then set."""
+
+    def __init__(self, triton: Triton, key: VersionKey, max_sequences: int) -> None:
+        self._triton = triton
+        self._key = key
+        self._id = uuid.uuid4().hex
+        self._max = max_sequences
+        self._next = 1
+        self._outgoing: asyncio.Queue[wire.Command] = asyncio.Queue()
+        self._waiting: dict[int, asyncio.Queue[Step | LingquError]] = {}
+        self.lost = asyncio.Event()
+        self._outgoing.put_nowait(wire.Command("open", self._id))
+        self._reader = asyncio.create_task(self._read(), name=f"session {key}")
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._waiting)
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def generate(
+        self, prompt: list[int], sampling: Sampling, traceparent: str = ""
+    ) -> AsyncGenerator[Step, None]:
+        """Tokens as they come; the last step has a finish. Leaving the iteration early stops the engine.
+
+        Raises QueueFull at max_sequences, BackendUnavailable when Triton is lost."""
+        if self.lost.is_set():
+            raise BackendUnavailable(f"{self._key} is being loaded again")
+        if len(self._waiting) >= self._max:
+            raise QueueFull(f"{self._max} requests for {self._key} are in progress already")
+        key, self._next = self._next, self._next + 1
+        steps: asyncio.Queue[Step | LingquError] = asyncio.Queue()
+        self._waiting[key] = steps
+        self._outgoing.put_nowait(
+            wire.Command("submit", self._id, key, Job(key, prompt, sampling), traceparent)
+        )
+        finished = False
+        try:
+            while not finished:
+                step = _merged(await steps.get(), steps)
+                if isinstance(step, LingquError):
+                    finished = True
+                    raise step
+                finished = step.finish != Finish.NONE
+                if step.finish == Finish.FAILED:
+                    raise BackendUnavailable(f"the engine of {self._key} could not go on with the request")
+                yield step
+        finally:
+            del self._waiting[key]
+            if not finished:
+                self._outgoing.put_nowait(wire.Command("cancel", self._id, key))
+
+    async def _requests(self) -> AsyncGenerator[Any, None]:
+        while True:
+            command = await self._outgoing.get()
+            request_id = OPEN_ID if command.op == "open" else str(command.key)
+            yield command_request(self._key, request_id, wire.dump(command))
+
+    async def _read(self) -> None:
+        reason = "the session with Triton ended"
+        try:
+            async with aclosing(self._requests()) as requests:
+                call = self._triton.stream(requests)
+                try:
+                    async for answer in call:
+                        self._on_answer(answer)
+                finally:
+                    call.cancel()
+        except grpc.aio.AioRpcError as err:
+            reason = f"Triton was lost ({err.code().name})"
+            log.warning("session of %s: %s", self._key, reason)
+        finally:
+            self.lost.set()
+            for steps in self._waiting.values():
+                steps.put_nowait(BackendUnavailable(f"{self._key}: {reason}; try again"))
+
+    def _on_answer(self, answer: Any) -> None:
+        response = answer.infer_response
+        if answer.error_message:
+            if response.id == OPEN_ID:
+                log.error("session of %s refused: %s", self._key, answer.error_message)
+                self._reader.cancel()
+            elif (steps := self._waiting.get(int(response.id or 0))) is not None:
+                steps.put_nowait(LingquError(f"{self._key}: {answer.error_message}"))
+            return
+        if not response.raw_output_contents:
+            return
+        rows = np.frombuffer(response.raw_output_contents[0], np.int32).reshape(-1, 3).tolist()
+        tokens: dict[int, list[int]] = {}
+        ended: dict[int, Finish] = {}
+        for key, token, finish in rows:
+            tokens.setdefault(key, [])
+            if token != wire.NO_TOKEN:
+                tokens[key].append(token)
+            if finish:
+                ended[key] = Finish(finish)
+        for key, new in tokens.items():
+            if (steps := self._waiting.get(key)) is not None:
+                steps.put_nowait(Step(tuple(new), ended.get(key, Finish.NONE)))
+
+
+def _merged(first: Step | LingquError, more: asyncio.Queue[Step | LingquError]) -> Step | LingquError:
+    """`first` with all that arrived behind it: a consumer that lags gets fewer, larger steps."""
+    while isinstance(first, Step) and not more.empty():
+        following = more.get_nowait()
+        if isinstance(following, LingquError):
+            return following
+        first = Step(first.tokens + following.tokens, following.finish)
+    return first

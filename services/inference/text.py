@@ -1,0 +1,109 @@
+"""A text model as this service serves it: tokenise, generate in Triton, detokenise, stop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from services.core.discovery import VersionKey
+from services.core.errors import InvalidInput
+from services.core.telemetry import current_traceparent
+from services.inference.artifact import TextSpec
+from services.inference.backends.engine import Finish, Sampling
+from services.inference.chat import ChatTemplate, Turn
+from services.inference.session import Session
+from services.inference.stops import StopFilter
+from services.inference.tokens import Detokenizer
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateJob:
+    """A checked request: `prompt` or `turns`; `max_tokens` None leaves it to the model."""
+
+    prompt: str | None
+    turns: tuple[Turn, ...]
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of the answer. `finish` and the counts are final in the last one."""
+
+    text: str
+    finish: Finish = Finish.NONE
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class TextModel:
+    """One version of a text model in one Triton."""
+
+    def __init__(self, key: VersionKey, spec: TextSpec, folder: Path, session: Session) -> None:
+        self.key = key
+        self.session = session
+        self._spec = spec
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        template = folder / "chat_template.jinja"
+        self._template = ChatTemplate(template.read_text()) if template.is_file() else None
+
+    async def close(self) -> None:
+        await self.session.close()
+
+    async def generate(self, job: GenerateJob) -> AsyncGenerator[Delta, None]:
+        """Deltas of whole characters; nothing behind a stop string. Leaving early stops the engine.
+
+        Raises InvalidInput, QueueFull, BackendUnavailable."""
+        prompt = self._encode(job)
+        sampling = self._sampling(job, len(prompt))
+        detokenizer, stops = Detokenizer(self._tokenizer), StopFilter(job.stop)
+        produced = 0
+        async with aclosing(self.session.generate(prompt, sampling, current_traceparent())) as steps:
+            async for step in steps:
+                produced += len(step.tokens)
+                text = stops.push(detokenizer.push(step.tokens))
+                finish = Finish.STOP if stops.stopped else step.finish
+                if step.finish and not stops.stopped:
+                    text += stops.push(detokenizer.finish())
+                    finish = Finish.STOP if stops.stopped else step.finish
+                    text += stops.finish()
+                if finish:
+                    yield Delta(text, finish, len(prompt), produced)
+                    return
+                if text:
+                    yield Delta(text)
+
+    def _encode(self, job: GenerateJob) -> list[int]:
+        if job.turns:
+            if self._template is None:
+                raise InvalidInput("messages", f"{self.key.model} has no chat template; send prompt instead")
+            field, text, special = "messages", self._template.render(job.turns), False
+        else:
+            field, text, special = "prompt", job.prompt or "", True
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        if len(ids) >= self._spec.context_tokens:
+            raise InvalidInput(
+                field,
+                f"{len(ids)} tokens do not fit the context of {self._spec.context_tokens} tokens "
+                f"with at least one token of answer",
+            )
+        return ids
+
+    def _sampling(self, job: GenerateJob, prompt_tokens: int) -> Sampling:
+        room = self._spec.context_tokens - prompt_tokens
+        wanted = min(DEFAULT_MAX_TOKENS, room) if job.max_tokens is None else job.max_tokens
+        if wanted > room:
+            raise InvalidInput(
+                "max_tokens", f"{wanted}, but the prompt of {prompt_tokens} tokens leaves room for {room}"
+            )
+        return Sampling(wanted, job.temperature, job.top_p, job.top_k, job.seed)

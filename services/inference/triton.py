@@ -1,0 +1,109 @@
+"""The few calls of the Open Inference Protocol that inference makes to its Triton.
+
+Protocol: https://github.com/triton-inference-server/server/blob/main/docs/protocol
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from services.core.discovery import VersionKey
+from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
+from services.core.lifecycle import CHANNEL_OPTIONS
+
+_DATATYPES = {"int32": "INT32", "int64": "INT64", "float32": "FP32"}
+_DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
+LOAD_TIMEOUT_S = 600.0
+
+
+class LoadFailed(Exception):
+    """Triton refused to load a model; the text is Triton's."""
+
+
+class Triton:
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def ready_versions(self) -> set[VersionKey] | None:
+        """What Triton serves now; None while Triton does not answer."""
+        try:
+            index = await self._stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True), timeout=2.0)
+        except grpc.aio.AioRpcError:
+            return None
+        return {VersionKey(m.name, int(m.version)) for m in index.models if m.version.isdigit()}
+
+    async def load(self, model: str) -> None:
+        """Bring Triton in line with the repository for one model: new versions are loaded before old ones
+        go. Raises LoadFailed."""
+        try:
+            request = pb.RepositoryModelLoadRequest(model_name=model)
+            await self._stub.RepositoryModelLoad(request, timeout=LOAD_TIMEOUT_S)
+        except grpc.aio.AioRpcError as err:
+            if err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                raise BackendUnavailable("Triton went away while loading") from err
+            raise LoadFailed(err.details() or err.code().name) from err
+
+    async def unload(self, model: str) -> None:
+        try:
+            await self._stub.RepositoryModelUnload(
+                pb.RepositoryModelUnloadRequest(model_name=model), timeout=30.0
+            )
+        except grpc.aio.AioRpcError as err:
+            raise BackendUnavailable(f"Triton could not unload {model}: {err.details()}") from err
+
+    async def infer(
+        self,
+        key: VersionKey,
+        inputs: Mapping[str, npt.NDArray[Any]],
+        output: str,
+        traceparent: str = "",
+        timeout: float | None = None,
+    ) -> npt.NDArray[Any]:
+        """One output tensor of one request. Raises BackendUnavailable, DeadlinePassed or LingquError."""
+        request = pb.ModelInferRequest(model_name=key.model, model_version=str(key.version))
+        for name, array in inputs.items():
+            tensor = request.inputs.add(name=name, datatype=_DATATYPES[array.dtype.name])
+            tensor.shape.extend(array.shape)
+            request.raw_input_contents.append(np.ascontiguousarray(array).tobytes())
+        metadata = (("traceparent", traceparent),) if traceparent else ()
+        try:
+            answer = await self._stub.ModelInfer(request, timeout=timeout, metadata=metadata)
+        except grpc.aio.AioRpcError as err:
+            raise _translated(key, err) from err
+        for index, tensor in enumerate(answer.outputs):
+            if tensor.name == output:
+                raw = answer.raw_output_contents[index]
+                return np.frombuffer(raw, _DTYPES[tensor.datatype]).reshape(tuple(tensor.shape))
+        raise LingquError(f'{key} answered without the output "{output}"')
+
+    def stream(self, requests: AsyncIterator[Any]) -> Any:
+        """A ModelStreamInfer call, to be read until it ends."""
+        return self._stub.ModelStreamInfer(requests)
+
+
+def command_request(key: VersionKey, request_id: str, session: bytes) -> Any:
+    """A request with the one BYTES tensor of backends/wire.py."""
+    request = pb.ModelInferRequest(model_name=key.model, model_version=str(key.version), id=request_id)
+    request.inputs.add(name="session", datatype="BYTES", shape=[1])
+    request.raw_input_contents.append(len(session).to_bytes(4, "little") + session)
+    return request
+
+
+def _translated(key: VersionKey, err: grpc.aio.AioRpcError) -> LingquError:
+    if err.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlinePassed(f"{key} did not answer before the deadline")
+    if err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
+        return BackendUnavailable(f"{key} is not available in Triton at the moment")
+    return LingquError(f"{key} failed in Triton: {err.details()}")

@@ -1,0 +1,68 @@
+"""A vector model as this service serves it: tokenise, pad, embed in Triton."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from services.core.discovery import VersionKey
+from services.core.telemetry import current_traceparent
+from services.inference.artifact import VectorSpec
+from services.inference.repository import MAX_BATCH
+from services.inference.triton import Triton
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """FP32 [texts, dimensions], and how many tokens were read."""
+
+    values: npt.NDArray[np.float32]
+    tokens: int
+
+
+class VectorModel:
+    """One version of a vector model in one Triton."""
+
+    def __init__(self, key: VersionKey, spec: VectorSpec, folder: Path, triton: Triton) -> None:
+        self.key = key
+        self._triton = triton
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.enable_truncation(spec.max_tokens)
+        self._tokenizer.no_padding()
+
+    async def close(self) -> None:
+        """Holds nothing open."""
+
+    async def embed(self, texts: Sequence[str], timeout: float | None = None) -> Vectors:
+        """Vectors in the order of `texts`. Texts of similar length share a request, so that little is
+        padded; Triton batches the requests of all callers. Raises what Triton.infer raises."""
+        encoded = [e.ids for e in self._tokenizer.encode_batch_fast(list(texts))]
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        chunks = [order[i : i + MAX_BATCH] for i in range(0, len(order), MAX_BATCH)]
+        traceparent = current_traceparent()
+        async with asyncio.TaskGroup() as group:
+            parts = [
+                group.create_task(self._run([encoded[i] for i in chunk], traceparent, timeout))
+                for chunk in chunks
+            ]
+        values = np.empty((len(encoded), parts[0].result().shape[1]), np.float32)
+        for chunk, part in zip(chunks, parts, strict=True):
+            values[chunk] = part.result()
+        return Vectors(values, sum(map(len, encoded)))
+
+    async def _run(
+        self, rows: Sequence[Sequence[int]], traceparent: str, timeout: float | None
+    ) -> npt.NDArray[np.float32]:
+        ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
+        mask = np.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+            mask[index, : len(row)] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return await self._triton.infer(self.key, inputs, "embedding", traceparent, timeout)

@@ -1,0 +1,1 @@
+"""The registry: which instances live and which model versions exist. etcd is its only state."""
