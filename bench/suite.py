@@ -18,9 +18,8 @@ import grpc
 from deploy.local import layout as at
 from deploy.local.layout import Layout
 from lingqu.publishing import Artifact, Publisher
-from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
-from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
 from pipeline.tensor import package_tensor
+from services.core.lifecycle import CHANNEL_OPTIONS
 
 ECHO = Path(__file__).parent / "models" / "echo"
 START_TIMEOUT_S = 120.0
@@ -47,9 +46,11 @@ class Suite:
 
     async def publish(self, name: str, folder: Path, *, traffic: bool = True) -> int:
         """Publish an artifact, wait until it is ready, and return the version."""
-        async with grpc.aio.insecure_channel(self.layout.address(at.REGISTRY)) as channel:
-            publisher = Publisher(RegistryServiceStub(channel), ModelServiceStub(channel))
-            return await publisher.publish(
+        async with (
+            grpc.aio.insecure_channel(self.layout.address(at.REGISTRY), options=CHANNEL_OPTIONS) as registry,
+            grpc.aio.insecure_channel(self.layout.address(at.GATEWAY), options=CHANNEL_OPTIONS) as gateway,
+        ):
+            return await Publisher(registry, gateway, self.key).publish(
                 name, Artifact.at(folder), traffic=traffic, timeout_s=60, tell=lambda text: None
             )
 

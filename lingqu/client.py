@@ -10,16 +10,14 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
 
 from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
 
 T = TypeVar("T")
 Messages = Iterable[tuple[str, str]]
-# UNAVAILABLE is always safe to try again; CANCELLED from the other side means a connection was lost.
-RETRYABLE = (grpc.StatusCode.UNAVAILABLE,)
 WAIT_FIRST_S = 0.1
 WAIT_MOST_S = 2.0
 CHANNEL_OPTIONS = [
@@ -29,6 +27,12 @@ CHANNEL_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+
+
+def channel_options(address: str) -> list[tuple[str, int]]:
+    """A proxy that the environment names is for other machines, not for this one."""
+    local = address.startswith(("127.", "localhost:", "[::1]:"))
+    return [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if local else 1)]
 
 
 class LingquError(Exception):
@@ -66,7 +70,7 @@ class Client:
     is unavailable; a stream only as long as nothing of it has arrived."""
 
     def __init__(self, address: str = "127.0.0.1:8080", key: str = "", timeout: float = 120.0) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, options=channel_options(address))
         self._stub = InferenceServiceStub(self._channel)
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         self._timeout = timeout
@@ -131,7 +135,7 @@ class Client:
             except grpc.aio.AioRpcError as error:
                 failure = LingquError(error)
                 pause = max(wait, failure.retry_after_s or 0) * random.uniform(0.5, 1)  # noqa: S311
-                if failure.code not in RETRYABLE or time.monotonic() + pause > deadline:
+                if failure.code != grpc.StatusCode.UNAVAILABLE or time.monotonic() + pause > deadline:
                     raise failure from error
                 wait = min(WAIT_MOST_S, wait * 2)
             await asyncio.sleep(pause)
@@ -144,8 +148,10 @@ def _request(model: str, prompt: str, messages: Messages, sampling: dict[str, An
 
 def _status(error: grpc.aio.AioRpcError) -> Any:
     """The google.rpc.Status of an error, or None if it has none or a broken one."""
-    call: Any = error  # from_call wants trailing_metadata, code and details, which the error has as well
-    try:
-        return rpc_status.from_call(call)
-    except ValueError:
-        return None
+    for name, value in error.trailing_metadata() or ():
+        if name == "grpc-status-details-bin" and isinstance(value, bytes):
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None
+    return None

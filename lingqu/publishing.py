@@ -12,9 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+
+from lingqu.gateway.v1 import gateway_pb2
+from lingqu.gateway.v1.gateway_pb2_grpc import GatewayServiceStub
 from lingqu.registry.v1 import instances_pb2, models_pb2
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
+
+ROUTED_TIMEOUT_S = 10.0
 
 
 class PublishFailed(Exception):
@@ -47,11 +53,15 @@ class Artifact:
 
 
 class Publisher:
-    """Talks to one registry."""
+    """Talks to one registry, and to a gateway, if there is one, to see when a version is routed."""
 
-    def __init__(self, instances: RegistryServiceStub, models: ModelServiceStub) -> None:
-        self._instances: Any = instances
-        self._models: Any = models
+    def __init__(
+        self, registry: grpc.aio.Channel, gateway: grpc.aio.Channel | None = None, key: str = ""
+    ) -> None:
+        self._instances: Any = RegistryServiceStub(registry)
+        self._models: Any = ModelServiceStub(registry)
+        self._gateway: Any = None if gateway is None else GatewayServiceStub(gateway)
+        self._metadata = (("authorization", f"Bearer {key}"),)
 
     async def publish(
         self,
@@ -64,7 +74,7 @@ class Publisher:
     ) -> int:
         """The number of the version, once it is ready (and has the traffic, if asked). An artifact that is
         a version of the model already is not published twice. Raises PublishFailed, grpc.aio.AioRpcError."""
-        version = await self._existing(name, artifact.sha256)
+        version = await self._wanted(name, artifact.sha256)
         if version is None:
             version = await self._create(name, artifact)
             tell(f"{name} v{version}: registered")
@@ -73,14 +83,41 @@ class Publisher:
         if traffic:
             request = models_pb2.SetTrafficRequest(model=name, version=version)
             await self._models.SetTraffic(request, timeout=10)
+            await self._until_routed(name, version)
             tell(f"{name} v{version}: takes the traffic")
         return version
 
-    async def _existing(self, name: str, sha256: str) -> int | None:
+    async def _until_routed(self, name: str, version: int) -> None:
+        """Wait until every data plane has the route; a gateway that is away will have it when it is back."""
+        deadline = time.monotonic() + ROUTED_TIMEOUT_S
+        while self._gateway is not None and time.monotonic() < deadline:
+            request = gateway_pb2.DescribeRoutesRequest()
+            answer = await self._gateway.DescribeRoutes(request, timeout=10, metadata=self._metadata)
+            routed = any((r.model, r.version) == (name, version) for r in answer.routes)
+            if routed and all(p.synced_version == answer.version for p in answer.data_planes):
+                return
+            await asyncio.sleep(0.02)
+
+    async def ready(self, name: str, timeout_s: float) -> int:
+        """Wait until the version that has the model's traffic is ready, and return it; 0 if none has it."""
         request = models_pb2.ListModelVersionsRequest(model=name)
         answer = await self._models.ListModelVersions(request, timeout=10)
-        found = [v.version for model in answer.models for v in model.versions if v.artifact.sha256 == sha256]
-        return max(found, default=None)
+        version = next((int(model.traffic_version) for model in answer.models), 0)
+        if version:
+            await self._until_ready(name, version, timeout_s)
+            await self._until_routed(name, version)
+        return version
+
+    async def _wanted(self, name: str, sha256: str) -> int | None:
+        """The version that is this artifact already, if replicas keep it loaded; see placement.desired."""
+        request = models_pb2.ListModelVersionsRequest(model=name)
+        answer = await self._models.ListModelVersions(request, timeout=10)
+        for model in answer.models:
+            newest = model.versions[-1].version
+            kept = (newest, model.traffic_version, model.previous_version)
+            found = [v.version for v in model.versions if v.artifact.sha256 == sha256 and v.version in kept]
+            return max(found, default=None)
+        return None
 
     async def _create(self, name: str, artifact: Artifact) -> int:
         record = models_pb2.ModelVersion(

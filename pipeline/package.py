@@ -52,6 +52,7 @@ def seal(staging: Path, manifest: Manifest, store: Path) -> Package:
     if folder.exists():
         shutil.rmtree(staging)
     else:
+        store.mkdir(parents=True, exist_ok=True)
         staging.chmod(0o755)
         staging.rename(folder)
     return Package(folder, sha256, manifest)

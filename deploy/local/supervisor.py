@@ -102,11 +102,12 @@ class Supervisor:
             try:
                 await self._start(part, begun)
                 code = await self._running[part.name].ended()
-            except (TimeoutError, ChildProcessError) as err:
+            except OSError as err:  # it timed out, ended early, or could not be started at all
                 if not self._ready[part.name].is_set():
                     raise CannotStart(self._why(part, err)) from err
-                await self._running[part.name].stop()
-                code = self._running[part.name].returncode or 0
+                if (running := self._running.get(part.name)) is not None:
+                    await running.stop()
+                code = 1
             finally:
                 self._forget(part)
             if self._stopping:

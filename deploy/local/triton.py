@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import shutil
 import sys
@@ -43,13 +44,16 @@ def prepare(home: Path) -> TritonFiles:
         raise TritonUnusable(f"nvidia-pytriton has no Python {python} stub; use Python 3.11")
     binary = home / "bin" / "tritonserver"
     backend = home / "backends" / "python"
-    if not (backend / stub.name).is_file() or not binary.is_file():
+    version = importlib.metadata.version("nvidia-pytriton")
+    stamp = home / "version"
+    if not stamp.is_file() or stamp.read_text() != version:
         shutil.copytree(source / "backends" / "python", backend, dirs_exist_ok=True)
         shutil.copy(stub, backend / stub.name)
         (backend / stub.name).chmod(0o755)
         binary.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / "bin" / "tritonserver", binary)
         binary.chmod(0o755)
+        stamp.write_text(version)  # last: a copy that was interrupted is made again
     (home / "models").mkdir(parents=True, exist_ok=True)
     libraries = [str(site_packages / "nvidia_pytriton.libs"), str(_libpython_folder(python))]
     return TritonFiles(home, ":".join(libraries), site_packages)

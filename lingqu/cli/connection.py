@@ -15,7 +15,7 @@ import grpc
 import typer
 from rich.console import Console
 
-from lingqu.client import CHANNEL_OPTIONS, Client, LingquError
+from lingqu.client import Client, LingquError, channel_options
 from lingqu.publishing import PublishFailed
 
 T = TypeVar("T")
@@ -60,10 +60,13 @@ class Suite:
             )
 
     def client(self) -> Client:
+        """Raises typer.Exit at once if the local suite does not run, instead of trying for minutes."""
+        if self.address is None and not (self.state / "suite.json").is_file():
+            fail(f"no suite is running in {self.state}; `lingqu up` starts one, --address names another")
         return Client(self.public, self.secret)
 
     def channel(self, port: int) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(self.local(port), options=CHANNEL_OPTIONS)
+        return grpc.aio.insecure_channel(self.local(port), options=channel_options(self.local(port)))
 
 
 def fail(message: str) -> NoReturn:

@@ -10,15 +10,14 @@ import time
 import grpc
 
 import lingqu
-from deploy.local.layout import PUBLIC, REGISTRY, Layout
+from deploy.local.layout import GATEWAY, PUBLIC, REGISTRY, Layout
 from deploy.local.parts import Options, PartMissing, parts
 from deploy.local.supervisor import CannotStart, Event, Supervisor
 from deploy.local.triton import TritonUnusable
 from lingqu.cli.connection import Suite, err, out
 from lingqu.publishing import Artifact, Publisher, PublishFailed
-from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
-from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
 from pipeline.bundled import Bundled, bundled
+from services.core.lifecycle import CHANNEL_OPTIONS
 
 PUBLISH_TIMEOUT_S = 300.0
 
@@ -63,12 +62,16 @@ def _stop_on_signals() -> None:
 
 
 async def _publish(layout: Layout, models: list[Bundled]) -> None:
-    async with grpc.aio.insecure_channel(layout.address(REGISTRY)) as channel:
-        publisher = Publisher(RegistryServiceStub(channel), ModelServiceStub(channel))
+    async with (
+        grpc.aio.insecure_channel(layout.address(REGISTRY), options=CHANNEL_OPTIONS) as registry,
+        grpc.aio.insecure_channel(layout.address(GATEWAY), options=CHANNEL_OPTIONS) as gateway,
+    ):
+        publisher = Publisher(registry, gateway, layout.dev_key.read_text().strip())
         for model in models:
             begun = time.monotonic()
             artifact = Artifact.at(model.package.folder)
-            version = await publisher.publish(
+            # Published once; after that the user decides which version has the traffic.
+            version = await publisher.ready(model.name, PUBLISH_TIMEOUT_S) or await publisher.publish(
                 model.name, artifact, traffic=True, timeout_s=PUBLISH_TIMEOUT_S, tell=lambda text: None
             )
             _line(f"{model.name} v{version}", "ready", time.monotonic() - begun, artifact.task)

@@ -14,6 +14,7 @@ from lingqu.registry.v1 import instances_pb2, models_pb2
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
 
+GATEWAY_PORT = 8081
 REGISTRY_PORT = 8082
 STATES = {
     instances_pb2.HOSTED_STATE_LOADING: "loading",
@@ -68,8 +69,8 @@ def publish(
         fail(f"{artifact} has no manifest.json; `python -m pipeline --help` shows how to make an artifact")
 
     async def work(suite: Suite) -> None:
-        async with suite.channel(REGISTRY_PORT) as channel:
-            publisher = Publisher(RegistryServiceStub(channel), ModelServiceStub(channel))
+        async with suite.channel(REGISTRY_PORT) as registry, suite.channel(GATEWAY_PORT) as gateway:
+            publisher = Publisher(registry, gateway, suite.secret)
             await publisher.publish(name, found, traffic=traffic, timeout_s=timeout, tell=out.print)
 
     run(work(context.obj))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -59,8 +59,8 @@ class Layer(grpc.aio.ServerInterceptor):
                 return await inner(request, context)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self.around(method, context):
-                async for response in inner(request, context):
+            async with self.around(method, context), aclosing(inner(request, context)) as responses:
+                async for response in responses:
                     yield response
 
         make: Any = {
@@ -87,25 +87,23 @@ class Tracing(Layer):
             return
         metadata = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
         service, _, rpc = method.lstrip("/").partition("/")
-        token = otel_context.attach(extract(metadata))
+        span = self._tracer.start_span(
+            method.lstrip("/"),
+            extract(metadata),
+            SpanKind.SERVER,
+            {"rpc.system": "grpc", "rpc.service": service, "rpc.method": rpc},
+        )
+        # Never detached: every call has a task, and with it a context, of its own.
+        otel_context.attach(trace.set_span_in_context(span, extract(metadata)))
         try:
-            with self._tracer.start_as_current_span(
-                method.lstrip("/"),
-                kind=SpanKind.SERVER,
-                attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": rpc},
-                record_exception=False,
-                set_status_on_exception=False,
-            ) as span:
-                try:
-                    yield
-                finally:
-                    code = context.code()
-                    number = code if isinstance(code, int) else code.value[0] if code else 0
-                    span.set_attribute("rpc.grpc.status_code", number)
-                    if number:
-                        span.set_status(Status(StatusCode.ERROR, context.details() or ""))
+            yield
         finally:
-            otel_context.detach(token)
+            code = context.code()
+            number = code if isinstance(code, int) else code.value[0] if code else 0
+            span.set_attribute("rpc.grpc.status_code", number)
+            if number:
+                span.set_status(Status(StatusCode.ERROR, context.details() or ""))
+            span.end()
 
 
 class StatusMapper(Layer):

@@ -32,6 +32,7 @@ class DataPlane:
     node_id: str
     accepted: dict[str, str] = field(default_factory=dict)
     last_rejection: str = ""
+    synced: str = ""  # newest version of which it has accepted everything
 
 
 class Snapshots:
@@ -110,11 +111,16 @@ class Stream:
                     self._plane.last_rejection = ""
 
     def responses(self, snapshot: Snapshot) -> list[Any]:
-        """What may be sent now: additions where no answer is awaited; removals when none is at all."""
-        found = []
+        """What may be sent now. Routes wait until the clusters they name are accepted and have endpoints.
+        Endpoints wait for nothing: Envoy accepts clusters only when it has got them. Removals come last."""
+        found: list[Any] = []
         for kind in xds.ORDER:
             subscription = self._subscriptions.get(kind)
-            if subscription is None or subscription.awaited:
+            if subscription is None:
+                continue
+            if kind == xds.ROUTES and (found or self._awaits() or not self._warm(snapshot)):
+                break
+            if subscription.awaited:
                 continue
             changed = [
                 name
@@ -123,7 +129,7 @@ class Stream:
             ]
             if changed:
                 found.append(self._response(kind, snapshot, changed, []))
-        if not found and not any(s.awaited for s in self._subscriptions.values()):
+        if not found and not self._awaits():
             for kind in reversed(xds.ORDER):
                 subscription = self._subscriptions.get(kind)
                 if subscription is None:
@@ -132,7 +138,22 @@ class Stream:
                 if gone:
                     found.append(self._response(kind, snapshot, [], gone))
                     break
+            else:
+                if not self._plane.last_rejection:
+                    self._plane.synced = snapshot.version
         return found
+
+    def _awaits(self) -> bool:
+        """Whether an answer is due."""
+        return any(s.awaited for s in self._subscriptions.values())
+
+    def _warm(self, snapshot: Snapshot) -> bool:
+        """Whether Envoy has the endpoints of all clusters: until then it would refuse requests to them."""
+        endpoints = self._subscriptions.get(xds.ENDPOINTS)
+        if endpoints is None or self._plane.last_rejection.startswith("Cluster:"):
+            return True
+        wanted = snapshot.versions[xds.ENDPOINTS]
+        return all(endpoints.sent.get(name) == version for name, version in wanted.items())
 
     def _response(self, kind: str, snapshot: Snapshot, changed: list[str], gone: list[str]) -> Any:
         self._nonce += 1

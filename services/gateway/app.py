@@ -14,6 +14,7 @@ from tritonclient.grpc import service_pb2 as _oip  # noqa: F401 - reflection sho
 
 from lingqu.gateway.v1.gateway_pb2_grpc import add_GatewayServiceServicer_to_server
 from services.core.discovery import Model, Registry, Replica, Watched
+from services.core.files import write_secret
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Settings
@@ -21,7 +22,7 @@ from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.gateway.ads import Ads, Snapshots
 from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
-from services.gateway.keys import KeyRing, write_secret
+from services.gateway.keys import KeyRing
 from services.gateway.service import Gateway
 from services.gateway.snapshot import Entry, snapshot
 from services.gateway.view import View, view
@@ -67,10 +68,11 @@ class ControlPlane:
         await asyncio.gather(self._replicas.synced.wait(), self._models.synced.wait())
         while True:
             self._changed.clear()
-            self._view = view(self._replicas.items.values(), self._models.items.values())
-            made = snapshot(self._view, self._entry)
+            now = view(self._replicas.items.values(), self._models.items.values())
+            made = snapshot(now, self._entry)
             if self.snapshots.current is None or made.version != self.snapshots.current.version:
                 await self.snapshots.publish(made)
+            self._view = now
             await self._changed.wait()
             await asyncio.sleep(DEBOUNCE_S)
 

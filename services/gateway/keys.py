@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 import secrets
 import time
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from services.core.errors import InvalidInput, Unauthenticated
+from services.core.files import write_secret
 
 ISSUER = "lingqu"
 AUDIENCE = "lingqu"
@@ -109,12 +109,3 @@ class KeyRing:
         """The public half, as a JSON Web Key Set."""
         key = {"kty": "OKP", "crv": "Ed25519", "x": self._x, "kid": self._kid, "alg": "EdDSA", "use": "sig"}
         return {"keys": [key]}
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123
-        file.write(content)
-    partial.replace(path)

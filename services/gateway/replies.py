@@ -13,12 +13,20 @@ def details_header(error: LingquError) -> str:
     return base64.b64encode(to_rpc_status(error).SerializeToString()).rstrip(b"=").decode()
 
 
-def headers(error: LingquError, message: str | None = None) -> list[dict[str, Any]]:
-    """Response headers that make a local reply the gRPC answer `error`; `message` may hold %REQ(…)%."""
-    fields = {"grpc-status-details-bin": details_header(error)}
-    if message is not None:
-        fields |= {"grpc-status": str(error.code.value[0]), "grpc-message": message}
+def headers(error: LingquError) -> list[dict[str, Any]]:
+    """Response headers that make a local reply the gRPC answer `error`. Message and details agree: grpcio
+    takes them for broken otherwise."""
+    fields = {
+        "grpc-status": str(error.code.value[0]),
+        "grpc-message": str(error).replace("%", "%%"),  # to Envoy a % begins a variable
+        "grpc-status-details-bin": details_header(error),
+    }
     return [
         {"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
         for key, value in fields.items()
     ]
+
+
+def local_reply(error: LingquError) -> dict[str, Any]:
+    """The rewriting part of a local_reply_config mapper: Envoy makes the body the grpc-message."""
+    return {"headers_to_add": headers(error), "body": {"inline_string": str(error)}}

@@ -58,6 +58,7 @@ class Gateway(GatewayServiceServicer):
                     node_id=plane.node_id,
                     accepted_versions=plane.accepted,
                     last_rejection=plane.last_rejection,
+                    synced_version=plane.synced,
                 )
                 for plane in self._planes()
             ],

@@ -28,7 +28,7 @@ from services.core.errors import (
     Unimplemented,
     to_rpc_status,
 )
-from services.gateway import xds
+from services.gateway import replies, xds
 from services.gateway.descriptors import (
     TENSOR_SERVER,
     TENSOR_SERVICE,
@@ -37,7 +37,6 @@ from services.gateway.descriptors import (
     extractions,
 )
 from services.gateway.keys import AUDIENCE, ISSUER
-from services.gateway.replies import headers
 from services.gateway.view import Target, View
 
 LISTENER = "public"
@@ -185,7 +184,7 @@ def _local_reply(error: LingquError, *when: dict[str, Any]) -> dict[str, Any]:
     return {
         "match": {"prefix": "/", "headers": list(when)},
         "direct_response": {"status": 404},
-        "response_headers_to_add": headers(error, str(error)),
+        "response_headers_to_add": replies.headers(error),
     }
 
 
@@ -244,6 +243,9 @@ def _authentication(jwks: Mapping[str, object]) -> dict[str, Any]:
         "claim_to_headers": [{"header_name": CLIENT_HEADER, "claim_name": "sub"}],
         "jwt_cache_config": {"jwt_cache_size": 1000},
         "require_expiration": True,
+        "clock_skew_seconds": 1,
+        # Nowhere else, above all not in a URL, which ends up in logs.
+        "from_headers": [{"name": "authorization", "value_prefix": "Bearer "}],
         "forward": True,  # the control plane checks scopes; routes to backends remove it
     }
     open_rules = [{"match": {"prefix": prefix}} for prefix in OPEN_PREFIXES]
@@ -252,42 +254,46 @@ def _authentication(jwks: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _mappers() -> list[dict[str, Any]]:
-    """Details for what Envoy refuses by itself; the messages stay Envoy's own."""
-    too_large = QueueFull("the message is larger than the gateway reads")
-    by_status = {
-        401: Unauthenticated(
-            "the key is missing, malformed, expired or of another issuer: authorization: Bearer <key>"
+    """What Envoy refuses by itself, in the words and with the details that every other error has."""
+    by_details = {
+        "grpc_field_extraction_FAILED_PRECONDITION": QueueFull(
+            "the message is larger than the gateway reads"
         ),
-        403: PermissionDenied("permission denied"),
-        503: BackendUnavailable("no replica can answer at the moment"),
+        "Jwt_is_missing": Unauthenticated("no key was sent: authorization: Bearer <key>"),
+        "Jwt_is_expired": Unauthenticated("the key has expired"),
+    }
+    by_status = {
+        401: Unauthenticated("the key is malformed, of another issuer, or was not signed by this suite"),
+        403: PermissionDenied("the key is not for this suite"),
+        503: BackendUnavailable("no replica can answer at the moment; try again"),
     }
     return [
+        {"filter": _code_details_contain(text), **replies.local_reply(error)}
+        for text, error in by_details.items()
+    ] + [
         {
             "filter": {
-                "extension_filter": {
-                    "name": "cel",
-                    "typed_config": {
-                        "@type": "type.googleapis.com/"
-                        "envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter",
-                        "expression": "response.code_details.startsWith("
-                        "'grpc_field_extraction_FAILED_PRECONDITION')",
-                    },
+                "status_code_filter": {
+                    "comparison": {"value": {"default_value": status, "runtime_key": f"lingqu.{status}"}}
                 }
             },
-            "headers_to_add": headers(too_large, str(too_large)),
-        },
-        *(
-            {
-                "filter": {
-                    "status_code_filter": {
-                        "comparison": {"value": {"default_value": status, "runtime_key": f"lingqu.{status}"}}
-                    }
-                },
-                "headers_to_add": headers(error),
-            }
-            for status, error in by_status.items()
-        ),
+            **replies.local_reply(error),
+        }
+        for status, error in by_status.items()
     ]
+
+
+def _code_details_contain(text: str) -> dict[str, Any]:
+    return {
+        "extension_filter": {
+            "name": "cel",
+            "typed_config": {
+                "@type": "type.googleapis.com/"
+                "envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter",
+                "expression": f"response.code_details.contains('{text}')",
+            },
+        }
+    }
 
 
 def _strip_own_headers() -> dict[str, Any]:

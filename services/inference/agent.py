@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.discovery import FAILED, LOADING, READY, Hosted, Model, Version, VersionKey
-from services.core.errors import LingquError
+from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
 from services.inference import golden
 from services.inference.artifact import Manifest
 from services.inference.placement import desired
 from services.inference.repository import Repository
 from services.inference.session import Session
-from services.inference.store import ArtifactRefused, Store
+from services.inference.store import ArtifactRefused, ArtifactUnreachable, Store
 from services.inference.text import TextModel
 from services.inference.triton import LoadFailed, Triton
 from services.inference.vectors import VectorModel
@@ -28,6 +30,8 @@ from services.inference.vectors import VectorModel
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+RETRY_S = 30.0  # an artifact that could not be read may be readable later
+EXPECTED = (ArtifactRefused, LoadFailed, golden.GoldenMismatch)
 
 
 class TensorModel:
@@ -67,6 +71,10 @@ class Agent:
         self._limits = limits
         self._announce = announce
         self._states: dict[VersionKey, Hosted] = {}
+        self._loads: dict[VersionKey, asyncio.Task[None]] = {}
+        self._retry_at: dict[VersionKey, float] = {}
+        self._loading = asyncio.Lock()  # Triton's repository is changed by one load at a time
+        self._tidy = False
         self.served: dict[VersionKey, Served] = {}
 
     async def run(self, models: Callable[[], Iterable[Model]], changed: asyncio.Event) -> None:
@@ -83,23 +91,47 @@ class Agent:
                 continue
 
     async def close(self) -> None:
+        for load in self._loads.values():
+            load.cancel()
+        await asyncio.gather(*self._loads.values(), return_exceptions=True)
         for model in self.served.values():
             await model.close()
 
     async def _reconcile(self, wanted: list[Version]) -> None:
-        alive = await self._triton.ready_versions()
-        await self._drop_lost(alive or set())
+        try:
+            alive, reachable = await self._triton.ready_versions(), True
+        except DeadlinePassed:  # slow is not dead: only what is known to be broken is dropped
+            alive, reachable = set(self.served), False
+        except BackendUnavailable:
+            alive, reachable = set(), False
+        await self._drop_lost(alive)
         keys = {version.key for version in wanted}
         for key in [k for k in self._states if k not in keys]:
             await self._retire(key)
         for version in wanted:
             if version.key not in self._states:
                 self._set(Hosted(version.key, LOADING))
-        if alive is None:
+        if not reachable:
             return
+        await self._remove_leftovers(keys)
         for version in wanted:
-            if self._states[version.key].state == LOADING:
-                await self._load(version)
+            if self._due(version.key):
+                self._loads[version.key] = asyncio.create_task(self._load(version))
+
+    def _due(self, key: VersionKey) -> bool:
+        """Whether a load of this version has to begin now."""
+        if (load := self._loads.get(key)) is not None and not load.done():
+            return False
+        if self._states[key].state == FAILED:
+            return time.monotonic() >= self._retry_at.get(key, math.inf)
+        return self._states[key].state == LOADING
+
+    async def _remove_leftovers(self, wanted: set[VersionKey]) -> None:
+        """What an earlier run of this agent left in the repository would be loaded along with the rest."""
+        if not self._tidy:
+            for key in await asyncio.to_thread(self._repository.others, wanted):
+                await self._withdraw(key)
+            self._tidy = True
 
     async def _drop_lost(self, alive: set[VersionKey]) -> None:
         """Versions that Triton no longer has, or whose session broke, have to be loaded again."""
@@ -113,33 +145,43 @@ class Agent:
             await model.close()
 
     async def _load(self, version: Version) -> None:
+        """Leaves the version READY or FAILED; or LOADING, to be tried again, if Triton went away."""
         key = version.key
         log.info("%s: fetching %s", key, version.uri)
-        model: Served | None = None
+        self._retry_at.pop(key, None)
         try:
             folder = await asyncio.to_thread(self._store.fetch, version.uri, version.sha256)
             manifest = Manifest.read(folder)
             if manifest.task != version.task:
                 raise ArtifactRefused(f'{version.uri} is for "{manifest.task}", not for "{version.task}"')
-            await asyncio.to_thread(self._repository.add, key, folder, manifest)
-            await self._triton.load(key.model)
+            async with self._loading:
+                await asyncio.to_thread(self._repository.add, key, folder, manifest)
+                await self._triton.load(key.model)
             model = await self._proven(key, folder, manifest)
-        except (ArtifactRefused, LoadFailed, golden.GoldenMismatch, ValueError, OSError) as err:
-            log.error("%s refused: %s", key, err)  # noqa: TRY400 - the text says it all
+        except (BackendUnavailable, DeadlinePassed) as err:
+            log.warning("%s: %s; trying again", key, err)
+        except Exception as err:  # whatever is wrong with one version must not harm the others
+            unexpected = not isinstance(err, EXPECTED)
+            log.error("%s refused: %s", key, _short(err), exc_info=unexpected)  # noqa: TRY400
+            if isinstance(err, ArtifactUnreachable):
+                self._retry_at[key] = time.monotonic() + RETRY_S
             await self._withdraw(key)
             self._set(Hosted(key, FAILED, _short(err)))
-            return
-        self.served[key] = model
-        self._set(Hosted(key, READY))
-        log.info("%s: ready", key)
+        else:
+            self.served[key] = model
+            self._set(Hosted(key, READY))
+            log.info("%s: ready", key)
 
     async def _proven(self, key: VersionKey, folder: Path, manifest: Manifest) -> Served:
         if manifest.text is not None:
-            session = Session(self._triton, key, self._limits.max_sequences)
+            session = Session(self._triton, key, self._repository.secret, self._limits.max_sequences)
             text = TextModel(key, manifest.text, folder, session)
             try:
                 async with asyncio.timeout(golden.TIMEOUT_S):
                     await golden.check_text(text, manifest)
+            except TimeoutError as err:
+                await text.close()
+                raise golden.GoldenMismatch(f"no golden answer within {golden.TIMEOUT_S:.0f} s") from err
             except BaseException:
                 await text.close()
                 raise
@@ -155,6 +197,9 @@ class Agent:
         model = self.served.get(key)
         if isinstance(model, TextModel) and model.session.in_flight:
             return  # looked at again in POLL_S
+        if (load := self._loads.pop(key, None)) is not None:
+            load.cancel()
+            await asyncio.gather(load, return_exceptions=True)
         self.served.pop(key, None)
         if model is not None:
             await model.close()
@@ -165,13 +210,13 @@ class Agent:
 
     async def _withdraw(self, key: VersionKey) -> None:
         """Take a version out of Triton and leave the model's others as they are."""
-        others = await asyncio.to_thread(self._repository.remove, key)
         try:
-            if others:
-                await self._triton.load(key.model)
-            else:
-                await self._triton.unload(key.model)
-        except LoadFailed as err:
+            async with self._loading:
+                if await asyncio.to_thread(self._repository.remove, key):
+                    await self._triton.load(key.model)
+                else:
+                    await self._triton.unload(key.model)
+        except (LoadFailed, LingquError) as err:
             log.warning("after taking out %s: %s", key, err)
 
     def _set(self, hosted: Hosted) -> None:
@@ -183,5 +228,5 @@ class Agent:
 
 
 def _short(err: Exception) -> str:
-    text = " ".join(str(err).split())
+    text = " ".join(str(err).split()) or type(err).__name__
     return text if len(text) <= 500 else text[:497] + "…"

@@ -74,7 +74,8 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         await stack.enter_async_context(background(models.run(), _follow(agent, models, changed)))
 
         server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
-        add_InferenceServiceServicer_to_server(Inference(Routing(lambda: models.items, agent.served)), server)
+        routing = Routing(lambda: models.items if models.synced.is_set() else None, agent.served)
+        add_InferenceServiceServicer_to_server(Inference(routing), server)
         await stack.enter_async_context(serving(server, cfg.inference_listen, [SERVICE], cfg.grace_s))
         # Known to others last, forgotten by them first.
         stack.push_async_callback(registration.withdraw)

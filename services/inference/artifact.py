@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
@@ -75,6 +75,13 @@ class Manifest(_Value):
     tensor: TensorSpec | None = None
     golden_texts: tuple[GoldenText, ...] = ()
     golden_vectors: tuple[GoldenVector, ...] = ()
+
+    @model_validator(mode="after")
+    def _described(self) -> Self:
+        parts = {"generate": self.text, "embed": self.vector, "tensor": self.tensor}
+        if [task for task, part in parts.items() if part is not None] != [self.task]:
+            raise ValueError(f'a manifest for "{self.task}" has the part for it and no other')
+        return self
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

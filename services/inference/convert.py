@@ -12,6 +12,7 @@ from services.inference.text import Delta, GenerateJob
 from services.inference.vectors import Vectors
 
 MAX_TEXT_BYTES = 1 << 20
+MAX_INPUTS_BYTES = 4 << 20
 MAX_TURNS = 1024
 MAX_INPUTS = 2048
 MAX_STOPS = 8
@@ -57,10 +58,13 @@ def to_texts(request: pb.EmbedRequest) -> list[str]:
     """Raises InvalidInput, naming the field."""
     if not 1 <= len(request.inputs) <= MAX_INPUTS:
         raise InvalidInput("inputs", f"{len(request.inputs)} texts, but 1 to {MAX_INPUTS} are allowed")
+    total = 0
     for index, text in enumerate(request.inputs):
         if not text:
             raise InvalidInput(f"inputs[{index}]", "is empty")
-        _text(f"inputs[{index}]", text)
+        total += _text(f"inputs[{index}]", text)
+    if total > MAX_INPUTS_BYTES:
+        raise InvalidInput("inputs", f"{total} bytes in all, but at most {MAX_INPUTS_BYTES} are allowed")
     return list(request.inputs)
 
 
@@ -91,6 +95,7 @@ def _turns(request: pb.GenerateRequest) -> tuple[Turn, ...]:
         raise InvalidInput(
             "messages", f"{len(request.messages)} messages, but at most {MAX_TURNS} are allowed"
         )
+    total = 0
     for index, message in enumerate(request.messages):
         if message.role not in ROLES:
             raise InvalidInput(
@@ -98,14 +103,18 @@ def _turns(request: pb.GenerateRequest) -> tuple[Turn, ...]:
             )
         if message.role == "system" and index:
             raise InvalidInput(f"messages[{index}].role", "a system message may only come first")
-        _text(f"messages[{index}].content", message.content)
+        total += _text(f"messages[{index}].content", message.content)
+    if total > MAX_TEXT_BYTES:
+        raise InvalidInput("messages", f"{total} bytes in all, but at most {MAX_TEXT_BYTES} are allowed")
     return tuple(Turn(message.role, message.content) for message in request.messages)
 
 
-def _text(field: str, text: str) -> None:
+def _text(field: str, text: str) -> int:
+    """The text's size in bytes."""
     size = len(text.encode())
     if size > MAX_TEXT_BYTES:
         raise InvalidInput(field, f"{size} bytes, but at most {MAX_TEXT_BYTES} are allowed")
+    return size
 
 
 def _number(field: str, value: float, low: float, high: float) -> float:

@@ -7,7 +7,9 @@ completely, byte code included, before it is moved into place, and never touched
 from __future__ import annotations
 
 import py_compile
+import secrets
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as config_pb2
 
 from services.core.discovery import VersionKey
+from services.core.files import write_secret
 from services.inference.artifact import MANIFEST, Manifest, digest_file
 from services.inference.backends import wire
 
@@ -24,21 +27,32 @@ QUEUE_DELAY_US = 300  # how long the first request of a batch waits for others
 
 
 class Repository:
-    """Owns the folder. `parameters` are handed to every text and vector model."""
+    """Owns the folder. `parameters` are handed to every text and vector model. `secret` is what text models
+    know inference by; it outlives a restart, so that they need not be loaded again for it."""
 
     def __init__(self, root: Path, parameters: dict[str, str]) -> None:
-        self._root = root
-        self._parameters = parameters
-        root.mkdir(parents=True, exist_ok=True)
+        self._root = root.resolve()
+        self._root.mkdir(parents=True, exist_ok=True)
+        file = self._root.parent / "session.secret"
+        if not file.is_file():
+            write_secret(file, secrets.token_hex(16).encode())
+        self.secret = file.read_text()
+        self._parameters = {**parameters, "session_secret_file": str(file)}
 
     def add(self, key: VersionKey, folder: Path, manifest: Manifest) -> None:
-        """Lay out a version; nothing changes if it is there already."""
+        """Lay out a version; nothing changes if it is there already. Raises ValueError if Triton could not
+        serve it beside the model's other versions: they share one configuration."""
         home = self._root / key.model
         target = home / str(key.version)
         config = text_format.MessageToString(self._config(key.model, folder, manifest))
         home.mkdir(exist_ok=True)
         config_file = home / "config.pbtxt"
         if not config_file.is_file() or config_file.read_text() != config:
+            if any(version != target for version in _versions(home)):
+                raise ValueError(
+                    "its inputs, outputs or settings differ from those of the versions that are loaded; "
+                    "publish it as a model of another name"
+                )
             config_file.write_text(config)
         if target.is_dir() and _same(target / MANIFEST, folder / MANIFEST):
             return
@@ -51,6 +65,7 @@ class Repository:
             (staging / name).symlink_to((folder / name).resolve())
         model = staging / "model.py"
         if manifest.tensor is None:
+            model.unlink(missing_ok=True)  # never through a link into the store
             model.write_text(_CLASS.format(module="text" if manifest.text else "vector"))
         elif manifest.tensor.model != "model.py":
             model.symlink_to((folder / manifest.tensor.model).resolve())
@@ -61,15 +76,17 @@ class Repository:
         """Take a version out; True if its model has others left."""
         home = self._root / key.model
         shutil.rmtree(home / str(key.version), ignore_errors=True)
-        if home.is_dir() and any(child.name.isdigit() for child in home.iterdir()):
+        if _versions(home):
             return True
         shutil.rmtree(home, ignore_errors=True)
         return False
 
-    def clear(self) -> None:
-        """Start from nothing: what an earlier run left may not be wanted any more."""
-        shutil.rmtree(self._root, ignore_errors=True)
-        self._root.mkdir(parents=True)
+    def others(self, wanted: Container[VersionKey]) -> list[VersionKey]:
+        """Versions that are laid out, by an earlier run for example, but not wanted."""
+        laid_out = (
+            VersionKey(v.parent.name, int(v.name)) for h in self._root.iterdir() for v in _versions(h)
+        )
+        return [key for key in laid_out if key not in wanted]
 
     def _config(self, name: str, folder: Path, manifest: Manifest) -> Any:
         if manifest.tensor is not None:
@@ -87,6 +104,10 @@ class Repository:
         config.name = name
         config.version_policy.all.SetInParent()
         return config
+
+
+def _versions(home: Path) -> list[Path]:
+    return [child for child in home.iterdir() if child.name.isdigit()] if home.is_dir() else []
 
 
 def _text_config() -> Any:

@@ -10,10 +10,10 @@ from services.inference.agent import Served
 
 
 class Routing:
-    """`models` is the registry's view, `served` what this replica has ready."""
+    """`models` is the registry's view, None until there is one; `served` what this replica has ready."""
 
     def __init__(
-        self, models: Callable[[], Mapping[str, Model]], served: Mapping[VersionKey, Served]
+        self, models: Callable[[], Mapping[str, Model] | None], served: Mapping[VersionKey, Served]
     ) -> None:
         self._models = models
         self._served = served
@@ -22,7 +22,10 @@ class Routing:
         """Raises InvalidInput, ModelNotFound or BackendUnavailable."""
         if not name:
             raise InvalidInput("model", "is required; `lingqu models list` shows the names")
-        known = self._models().get(name)
+        models = self._models()
+        if models is None:
+            raise BackendUnavailable("this replica has not heard from the registry yet")
+        known = models.get(name)
         number = int(version) if version.isdigit() else known.traffic if known else 0
         if known is None or not number:
             raise ModelNotFound(name[:64])

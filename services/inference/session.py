@@ -35,7 +35,8 @@ class Step:
 class Session:
     """Lives from the version's load to its unload or to the loss of Triton; `lost` is then set."""
 
-    def __init__(self, triton: Triton, key: VersionKey, max_sequences: int) -> None:
+    def __init__(self, triton: Triton, key: VersionKey, secret: str, max_sequences: int) -> None:
+        self._secret = secret
         self._triton = triton
         self._key = key
         self._id = uuid.uuid4().hex
@@ -44,7 +45,7 @@ class Session:
         self._outgoing: asyncio.Queue[wire.Command] = asyncio.Queue()
         self._waiting: dict[int, asyncio.Queue[Step | LingquError]] = {}
         self.lost = asyncio.Event()
-        self._outgoing.put_nowait(wire.Command("open", self._id))
+        self._outgoing.put_nowait(wire.Command("open", self._id, secret))
         self._reader = asyncio.create_task(self._read(), name=f"session {key}")
 
     @property
@@ -69,7 +70,7 @@ class Session:
         steps: asyncio.Queue[Step | LingquError] = asyncio.Queue()
         self._waiting[key] = steps
         self._outgoing.put_nowait(
-            wire.Command("submit", self._id, key, Job(key, prompt, sampling), traceparent)
+            wire.Command("submit", self._id, self._secret, key, Job(key, prompt, sampling), traceparent)
         )
         finished = False
         try:
@@ -85,7 +86,7 @@ class Session:
         finally:
             del self._waiting[key]
             if not finished:
-                self._outgoing.put_nowait(wire.Command("cancel", self._id, key))
+                self._outgoing.put_nowait(wire.Command("cancel", self._id, self._secret, key))
 
     async def _requests(self) -> AsyncGenerator[Any, None]:
         while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 
 import fsspec
@@ -15,6 +14,10 @@ from services.inference.artifact import CHUNK, MANIFEST, Manifest, digest_file
 
 class ArtifactRefused(Exception):
     """The artifact is missing, incomplete or not what its digest says; the text names the file."""
+
+
+class ArtifactUnreachable(ArtifactRefused):
+    """The place where it should be does not answer, or does not have it; it may later."""
 
 
 class Store:
@@ -37,10 +40,6 @@ class Store:
             self._ensure(uri, folder, name, expected.sha256)
         return folder
 
-    def drop(self, sha256: str) -> None:
-        """Forget an artifact, for example a refused one."""
-        shutil.rmtree(self._root / sha256, ignore_errors=True)
-
     def _ensure(self, uri: str, folder: Path, name: str, sha256: str) -> None:
         path = folder / name
         if path.is_file() and digest_file(path) == sha256:
@@ -58,7 +57,9 @@ class Store:
                     f"{uri}/{name} is corrupt: its SHA-256 is {hasher.hexdigest()}, not {sha256}"
                 )
             partial.replace(path)
-        except (OSError, ValueError, ImportError) as err:
-            raise ArtifactRefused(f"{uri}/{name} cannot be read: {err}") from err
+        except ArtifactRefused:
+            raise
+        except Exception as err:  # each file system has errors of its own
+            raise ArtifactUnreachable(f"{uri}/{name} cannot be read: {err}") from err
         finally:
             partial.unlink(missing_ok=True)

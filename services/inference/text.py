@@ -17,7 +17,7 @@ from services.inference.backends.engine import Finish, Sampling
 from services.inference.chat import ChatTemplate, Turn
 from services.inference.session import Session
 from services.inference.stops import StopFilter
-from services.inference.tokens import Detokenizer
+from services.inference.tokens import Detokenizer, unblocked
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -64,7 +64,7 @@ class TextModel:
         """Deltas of whole characters; nothing behind a stop string. Leaving early stops the engine.
 
         Raises InvalidInput, QueueFull, BackendUnavailable."""
-        prompt = self._encode(job)
+        prompt = await self._encode(job)
         sampling = self._sampling(job, len(prompt))
         detokenizer, stops = Detokenizer(self._tokenizer), StopFilter(job.stop)
         produced = 0
@@ -83,14 +83,17 @@ class TextModel:
                 if text:
                     yield Delta(text)
 
-    def _encode(self, job: GenerateJob) -> list[int]:
+    async def _encode(self, job: GenerateJob) -> list[int]:
         if job.turns:
             if self._template is None:
                 raise InvalidInput("messages", f"{self.key.model} has no chat template; send prompt instead")
             field, text, special = "messages", self._template.render(job.turns), False
         else:
             field, text, special = "prompt", job.prompt or "", True
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        encoding = await unblocked(
+            len(text), lambda: self._tokenizer.encode(text, add_special_tokens=special)
+        )
+        ids: list[int] = encoding.ids
         if len(ids) >= self._spec.context_tokens:
             raise InvalidInput(
                 field,

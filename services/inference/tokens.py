@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
-# A character of up to four bytes may be spread over several tokens; until it is whole it decodes to this.
+# What a byte-level decoder shows for bytes that are no character, or not yet a whole one. Bytes that a
+# character lacks can only be missing at the very end, where they show as exactly one of these.
 REPLACEMENT = "\ufffd"
-# A run of bytes that are no UTF-8 at all must not hold back the text behind it for ever.
-MAX_HELD = 8
+# Tokens that are decoded again at each step when a model makes nothing but broken bytes.
+MAX_WINDOW = 64
+
+
+# Texts up to this length are tokenised in less time than a thread takes to start.
+SHORT_CHARACTERS = 4096
+
+T = TypeVar("T")
+
+
+async def unblocked(characters: int, work: Callable[[], T]) -> T:
+    """Tokenise without keeping other calls waiting: long texts in a thread."""
+    return work() if characters <= SHORT_CHARACTERS else await asyncio.to_thread(work)
 
 
 class Decoder(Protocol):
@@ -21,32 +34,36 @@ class Detokenizer:
     """Turns a growing list of token ids into text deltas of whole characters.
 
     A token may decode differently behind another one (a leading space, a joined character), so each delta
-    is the difference of two decodes that share a short prefix; the cost of a token does not grow with the
-    text. The concatenated deltas are the decoded whole.
+    is cut from the decoding of a short window that begins a step earlier; the cost of a token does not grow
+    with the text. The concatenated deltas are the decoded whole.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._ids: list[int] = []
-        self._start = 0  # where both decodes begin
-        self._shown = 0  # tokens whose text was given out
+        self._window: list[int] = []
+        self._shown = 0  # characters of the decoded window that were given out
+        self._boundary = 0  # tokens of the window behind which the last whole text ended
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that is whole now."""
-        self._ids += ids
-        return self._delta(final=False)
+        self._window += ids
+        text = self._decoder.decode(self._window)
+        whole = _whole(text)
+        delta, self._shown = text[self._shown : whole], max(whole, self._shown)
+        endless = len(self._window) > MAX_WINDOW
+        if whole == len(text) or endless:
+            del self._window[: MAX_WINDOW // 2 if endless else self._boundary]
+            self._boundary = len(self._window)
+            self._shown = _whole(self._decoder.decode(self._window))
+        return delta
 
     def finish(self) -> str:
         """What was held back, as it is."""
-        return self._delta(final=True)
+        delta = self._decoder.decode(self._window)[self._shown :]
+        self._window, self._shown = [], 0
+        return delta
 
-    def _delta(self, *, final: bool) -> str:
-        if self._shown == len(self._ids):
-            return ""
-        before = self._decoder.decode(self._ids[self._start : self._shown])
-        now = self._decoder.decode(self._ids[self._start :])
-        held = len(self._ids) - self._shown
-        if not final and now.endswith(REPLACEMENT) and held < MAX_HELD:
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return now[len(before) :]
+
+def _whole(text: str) -> int:
+    """How many characters of `text` are certain."""
+    return len(text) - text.endswith(REPLACEMENT)

@@ -36,12 +36,14 @@ class Triton:
     async def close(self) -> None:
         await self._channel.close()
 
-    async def ready_versions(self) -> set[VersionKey] | None:
-        """What Triton serves now; None while Triton does not answer."""
+    async def ready_versions(self) -> set[VersionKey]:
+        """What Triton serves now. Raises BackendUnavailable if it is gone, DeadlinePassed if it is slow."""
         try:
             index = await self._stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True), timeout=2.0)
-        except grpc.aio.AioRpcError:
-            return None
+        except grpc.aio.AioRpcError as err:
+            if err.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise DeadlinePassed("Triton is slow to answer") from err
+            raise BackendUnavailable(f"Triton does not answer ({err.details()})") from err
         return {VersionKey(m.name, int(m.version)) for m in index.models if m.version.isdigit()}
 
     async def load(self, model: str) -> None:

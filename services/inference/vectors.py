@@ -15,6 +15,7 @@ from services.core.discovery import VersionKey
 from services.core.telemetry import current_traceparent
 from services.inference.artifact import VectorSpec
 from services.inference.repository import MAX_BATCH
+from services.inference.tokens import unblocked
 from services.inference.triton import Triton
 
 
@@ -42,18 +43,25 @@ class VectorModel:
     async def embed(self, texts: Sequence[str], timeout: float | None = None) -> Vectors:
         """Vectors in the order of `texts`. Texts of similar length share a request, so that little is
         padded; Triton batches the requests of all callers. Raises what Triton.infer raises."""
-        encoded = [e.ids for e in self._tokenizer.encode_batch_fast(list(texts))]
+        encodings = await unblocked(
+            sum(map(len, texts)), lambda: self._tokenizer.encode_batch_fast(list(texts))
+        )
+        encoded = [e.ids for e in encodings]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         chunks = [order[i : i + MAX_BATCH] for i in range(0, len(order), MAX_BATCH)]
         traceparent = current_traceparent()
-        async with asyncio.TaskGroup() as group:
-            parts = [
-                group.create_task(self._run([encoded[i] for i in chunk], traceparent, timeout))
-                for chunk in chunks
-            ]
-        values = np.empty((len(encoded), parts[0].result().shape[1]), np.float32)
+        runs = [
+            asyncio.ensure_future(self._run([encoded[i] for i in chunk], traceparent, timeout))
+            for chunk in chunks
+        ]
+        try:  # no TaskGroup: it would wrap the error that callers are to see
+            parts = await asyncio.gather(*runs)
+        finally:
+            for run in runs:
+                run.cancel()
+        values = np.empty((len(encoded), parts[0].shape[1]), np.float32)
         for chunk, part in zip(chunks, parts, strict=True):
-            values[chunk] = part.result()
+            values[chunk] = part
         return Vectors(values, sum(map(len, encoded)))
 
     async def _run(

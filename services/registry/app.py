@@ -37,5 +37,6 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         instances_pb2_grpc.add_RegistryServiceServicer_to_server(Instances(etcd, mirror), server)
         models_pb2_grpc.add_ModelServiceServicer_to_server(Models(etcd, mirror), server)
         await stack.enter_async_context(background(mirror.run()))
+        await mirror.synced()
         await stack.enter_async_context(serving(server, cfg.registry_listen, SERVICES, cfg.grace_s))
         yield

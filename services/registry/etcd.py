@@ -7,17 +7,18 @@ Protocol: https://etcd.io/docs/v3.5/learning/api/
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from etcd3aio import _protobuf as pb
 
-from services.core.errors import BackendUnavailable, LeaseExpired
+from services.core.errors import BackendUnavailable, LeaseExpired, LingquError
 from services.core.lifecycle import CHANNEL_OPTIONS
 
 CALL_TIMEOUT_S = 3.0
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
 class CompactedError(Exception):
@@ -121,20 +122,23 @@ class Etcd:
         except LeaseExpired:
             return
 
-    async def renew(self, leases: AsyncIterator[int]) -> AsyncIterator[tuple[int, int]]:
+    async def renew(self, leases: AsyncIterator[int]) -> AsyncGenerator[tuple[int, int], None]:
         """Renew each lease of `leases`; yields (lease, seconds left), 0 for one that has expired."""
 
         async def requests() -> AsyncIterator[Any]:
             async for lease in leases:
                 yield pb.LeaseKeepAliveRequest(ID=lease)
 
+        call = self._lease.LeaseKeepAlive(requests())
         try:
-            async for answer in self._lease.LeaseKeepAlive(requests()):
+            async for answer in call:
                 yield int(answer.ID), max(0, int(answer.TTL))
         except grpc.aio.AioRpcError as err:
             raise _translated(err) from err
+        finally:
+            call.cancel()
 
-    async def watch(self, prefix: str, start_revision: int) -> AsyncIterator[ChangeBatch]:
+    async def watch(self, prefix: str, start_revision: int) -> AsyncGenerator[ChangeBatch, None]:
         """Every change under `prefix` from `start_revision` on, each revision whole.
 
         Raises CompactedError if that revision is gone, BackendUnavailable when the connection is lost."""
@@ -163,7 +167,9 @@ class Etcd:
                     Change(e.kv.key.decode(), None if e.type == e.DELETE else _record(e.kv))
                     for e in answer.events
                 )
-                yield ChangeBatch(answer.header.revision, changes)
+                # The header has the store's revision, which events still on their way may not exceed.
+                newest = answer.events[-1].kv.mod_revision if answer.events else answer.header.revision
+                yield ChangeBatch(newest, changes)
             raise BackendUnavailable("etcd closed the watch")
         except grpc.aio.AioRpcError as err:
             raise _translated(err) from err
@@ -180,7 +186,9 @@ class Etcd:
 def _translated(err: grpc.aio.AioRpcError) -> Exception:
     if err.code() == grpc.StatusCode.NOT_FOUND and "lease" in (err.details() or ""):
         return LeaseExpired("the lease has expired; register again")
-    return BackendUnavailable(f"etcd does not answer ({err.code().name}: {err.details()})")
+    if err.code() in _AWAY:
+        return BackendUnavailable(f"etcd does not answer ({err.code().name}: {err.details()})")
+    return LingquError(f"etcd refuses ({err.code().name}: {err.details()})")
 
 
 def _record(kv: Any) -> Record:

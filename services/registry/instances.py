@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -50,16 +52,22 @@ class Instances(RegistryServiceServicer):
     async def KeepAlive(
         self, request_iterator: AsyncIterator[pb.KeepAliveRequest], context: Context
     ) -> AsyncIterator[pb.KeepAliveResponse]:
-        async def leases() -> AsyncIterator[int]:
+        # One at a time: what is wrong with a request must reach this handler, not etcd's call.
+        leases: asyncio.Queue[int] = asyncio.Queue()
+
+        async def queued() -> AsyncIterator[int]:
+            while True:
+                yield await leases.get()
+
+        async with aclosing(self._etcd.renew(queued())) as renewed:
             async for request in request_iterator:
                 if request.lease_id <= 0:
                     raise InvalidInput("lease_id", "is required; RegisterInstance returns it")
-                yield request.lease_id
-
-        async for lease, left_s in self._etcd.renew(leases()):
-            if not left_s:
-                raise LeaseExpired(f"lease {lease} has expired; register again")
-            yield pb.KeepAliveResponse(lease_id=lease, ttl=Duration(seconds=left_s))
+                leases.put_nowait(request.lease_id)
+                lease, left_s = await anext(renewed)
+                if not left_s:
+                    raise LeaseExpired(f"lease {lease} has expired; register again")
+                yield pb.KeepAliveResponse(lease_id=lease, ttl=Duration(seconds=left_s))
 
     async def DeregisterInstance(
         self, request: pb.DeregisterInstanceRequest, context: Context

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from services.core.backoff import Backoff
-from services.core.errors import BackendUnavailable, SlowWatcher
+from services.core.errors import BackendUnavailable, LingquError, SlowWatcher
 from services.registry.etcd import Change, ChangeBatch, CompactedError, Etcd, Record
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,12 @@ class Mirror:
         except TimeoutError as err:
             raise BackendUnavailable(f"etcd's revision {revision} has not arrived yet") from err
 
-    async def follow(self, prefix: str) -> AsyncIterator[ChangeBatch]:
+    async def synced(self) -> None:
+        """Wait until etcd was read for the first time: before that nothing is known, not even nothing."""
+        async with self._moved:
+            await self._moved.wait_for(lambda: self._revision > 0)
+
+    async def follow(self, prefix: str) -> AsyncGenerator[ChangeBatch, None]:
         """First all records under `prefix` as one batch, then every later change; ends with SlowWatcher
         when the consumer lags by more than SUBSCRIBER_BUFFER batches."""
         subscriber = _Subscriber(prefix)
@@ -90,14 +96,15 @@ class Mirror:
                 if self._revision == 0:
                     await self._relist()
                 self._stale = False
-                async for batch in self._etcd.watch(PREFIX, self._revision + 1):
-                    backoff.reset()
-                    self._stale = False
-                    await self._apply(batch)
+                async with aclosing(self._etcd.watch(PREFIX, self._revision + 1)) as batches:
+                    async for batch in batches:
+                        backoff.reset()
+                        self._stale = False
+                        await self._apply(batch)
             except CompactedError as err:
                 log.warning("%s; listing again", err)
                 await self._relist_quietly()
-            except BackendUnavailable as err:
+            except LingquError as err:
                 if not self._stale:
                     log.warning("serving the last known state: %s", err)
                 self._stale = True
@@ -106,7 +113,7 @@ class Mirror:
     async def _relist_quietly(self) -> None:
         try:
             await self._relist()
-        except BackendUnavailable as err:
+        except LingquError as err:
             self._stale = True
             log.warning("cannot list etcd: %s", err)
 

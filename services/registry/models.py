@@ -34,6 +34,7 @@ class Models(ModelServiceServicer):
             raise InvalidInput("version", "is required")
         version = pb.ModelVersion()
         version.CopyFrom(validation.version(request.version))
+        self._check_task(version)
         request_key = f"{MODELS}{version.model}/requests/{validation.request_id(request.request_id)}"
         for _ in range(CREATE_TRIES):
             if request.request_id and (done := self._mirror.get(request_key)):
@@ -125,6 +126,12 @@ class Models(ModelServiceServicer):
         if record is None:
             raise NotFound(f'model "{model}" has no version {number}')
         return pb.ModelVersion.FromString(record.value)
+
+    def _check_task(self, version: pb.ModelVersion) -> None:
+        """Versions of one model are exchangeable, so all do the same task."""
+        for record in self._mirror.under(f"{MODELS}{version.model}/versions/"):
+            if (task := pb.ModelVersion.FromString(record.value).task) != version.task:
+                raise InvalidInput("version.task", f'the versions of "{version.model}" are for "{task}"')
 
     def _newest(self, model: str) -> int:
         versions = self._mirror.under(f"{MODELS}{model}/versions/")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -38,6 +38,22 @@ class Sampling:
     seed: int = 0
     ignore_eos: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field: the engine itself would only say that it cannot go on."""
+        for name in ("max_tokens", "top_k", "seed"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name}: a whole number is needed")
+        rules = {
+            "max_tokens: 1 or more": self.max_tokens >= 1,
+            "temperature: 0 to 2": 0 <= self.temperature <= 2,
+            "top_p: above 0, at most 1": 0 < self.top_p <= 1,
+            "top_k: 0 or more": self.top_k >= 0,
+            "seed: 0 to 2^64 - 1": 0 <= self.seed < 2**64,
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(rule)
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -61,6 +77,15 @@ class Sink(Protocol):
         """All of one step was emitted; `running` sequences go on."""
 
 
+@dataclass(slots=True)
+class Counts:
+    """The engine's work so far; `sequences` are in progress now."""
+
+    sequences: int = 0
+    steps: int = 0
+    tokens: int = 0
+
+
 class Handle(Protocol):
     """A sequence inside the engine: OpenVINO GenAI's GenerationHandle, or a test's."""
 
@@ -82,13 +107,6 @@ class _Running:
     job: Job
     sink: Sink
     handle: Handle
-    produced: int = 0
-
-
-@dataclass(slots=True)
-class _Inbox:
-    submitted: list[tuple[Job, Sink]] = field(default_factory=list)
-    cancelled: list[tuple[Sink, int]] = field(default_factory=list)
 
 
 class Engine:
@@ -96,8 +114,12 @@ class Engine:
     ValueError for a job that the engine refuses."""
 
     def __init__(
-        self, pipeline: Pipeline, add: Callable[[int, Job], Handle], log: Callable[[str], None]
+        self,
+        pipeline: Pipeline,
+        add: Callable[[int, Job], Handle],
+        log: Callable[[str], None],
     ) -> None:
+        self.counts = Counts()
         self._pipeline = pipeline
         self._add = add
         self._log = log
@@ -122,18 +144,20 @@ class Engine:
 
     def _loop(self) -> None:
         while not self._stopping.is_set():
-            self._take_commands()
-            self._drop_abandoned()
-            if not self._running:
-                continue
             try:
-                self._pipeline.step()
+                self._turn()
             except Exception as err:
-                self._log(f"engine step failed, {len(self._running)} sequences lost: {err!r}")
+                # Whatever it was, it must not take the engine from everybody else.
+                self._log(f"engine failed, {len(self._running)} sequences lost: {err!r}")
                 self._fail_all()
-                continue
-            self._publish()
         self._fail_all()
+
+    def _turn(self) -> None:
+        self._take_commands()
+        self._drop_abandoned()
+        if self._running:
+            self._pipeline.step()
+            self._publish()
 
     def _take_commands(self) -> None:
         """All that wait; blocks a little while there is nothing to compute."""
@@ -174,9 +198,11 @@ class Engine:
                     self._end(number, Finish.CANCELLED)
 
     def _publish(self) -> None:
+        total = 0
         touched: dict[int, Sink] = {}
         for number, running in list(self._running.items()):
             tokens, finish = self._read(running)
+            total += len(tokens)
             if tokens or finish:
                 running.sink.emit(running.job.key, tokens, finish)
                 touched[id(running.sink)] = running.sink
@@ -184,6 +210,9 @@ class Engine:
                 del self._running[number]
         for sink in touched.values():
             sink.step_done(len(self._running))
+        self.counts.steps += 1
+        self.counts.tokens += total
+        self.counts.sequences = len(self._running)
 
     def _read(self, running: _Running) -> tuple[list[int], Finish]:
         handle, tokens, finish = running.handle, [], Finish.NONE
@@ -191,7 +220,6 @@ class Engine:
             for output in handle.read().values():
                 tokens += output.generated_ids
                 finish = Finish(_REASONS.get(output.finish_reason.name, Finish.NONE))
-        running.produced += len(tokens)
         if not finish and handle.get_status().name in ("IGNORED", "CANCEL", "STOP"):
             # Dropped without a reason: the KV cache cannot hold the sequence.
             finish = Finish.FAILED
@@ -201,13 +229,20 @@ class Engine:
         running = self._running.pop(number)
         running.handle.cancel()
         running.sink.emit(running.job.key, (), finish)
+        self.counts.sequences = len(self._running)
 
     def _fail_all(self) -> None:
         sinks = {id(r.sink): r.sink for r in self._running.values()}
         for number in list(self._running):
-            self._end(number, Finish.FAILED)
+            try:
+                self._end(number, Finish.FAILED)
+            except Exception as err:
+                self._log(f"a sequence could not be told that it failed: {err!r}")
         for sink in sinks.values():
-            sink.step_done(0)
+            try:
+                sink.step_done(0)
+            except Exception as err:
+                self._log(f"a sink could not be told of failures: {err!r}")
 
 
 _REASONS = {"STOP": Finish.STOP, "LENGTH": Finish.LENGTH, "TOOL_CALL": Finish.STOP}

@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import queue
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ class TritonPythonModel:
         if spec is None:
             raise pb_utils.TritonModelException("the artifact's manifest describes no text model")
         self._spec: TextSpec = spec
+        self._secret = Path(parameters["session_secret_file"]).read_text()
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         scheduler = og.SchedulerConfig()
         scheduler.cache_size = int(parameters["kv_cache_gib"])
@@ -67,9 +70,14 @@ class TritonPythonModel:
                 sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(err))), flags=FINAL)
 
     def _on_command(self, command: wire.Command, sender: Any) -> None:
+        if not hmac.compare_digest(command.secret, self._secret):
+            raise ValueError('"session" is for the inference service: send "text_input"')
         if command.op == "open":
             self._sessions = {name: sink for name, sink in self._sessions.items() if not sink.gone()}
             self._sessions[command.session] = SessionSink(sender, self._spans)
+            return
+        if command.op == "stats":
+            sender.send(_text_response(json.dumps(asdict(self._engine.counts))), flags=FINAL)
             return
         sink = self._sessions.get(command.session)
         if sink is None:
@@ -100,8 +108,6 @@ class TritonPythonModel:
             raise ValueError("the prompt is empty")
         if min(job.input_ids) < 0 or max(job.input_ids) >= self._spec.vocabulary:
             raise ValueError(f"token ids are 0 to {self._spec.vocabulary - 1}")
-        if job.sampling.max_tokens < 1:
-            raise ValueError("max_tokens is 1 or more")
         if len(job.input_ids) + job.sampling.max_tokens > self._spec.context_tokens:
             raise ValueError(
                 f"prompt ({len(job.input_ids)} tokens) and max_tokens ({job.sampling.max_tokens}) "
@@ -133,6 +139,11 @@ class TritonPythonModel:
         return config
 
 
+def _text_response(text: str) -> Any:
+    tensor = pb_utils.Tensor("text_output", np.array([text.encode()], dtype=np.object_))
+    return pb_utils.InferenceResponse([tensor])
+
+
 def _string(request: Any, name: str) -> str | None:
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
@@ -153,5 +164,5 @@ def _sampling(raw: str | None) -> Sampling:
             top_k=int(given.get("top_k", 0)),
             seed=int(given.get("seed", 0)),
         )
-    except (ValueError, TypeError, AttributeError) as err:
-        raise ValueError(f'input "sampling_parameters" is not a JSON object of numbers: {err}') from err
+    except (ValueError, TypeError, AttributeError, OverflowError) as err:
+        raise ValueError(f'input "sampling_parameters": {err}') from err

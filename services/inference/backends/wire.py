@@ -2,11 +2,13 @@
 
 One stream from an inference process carries all its sequences, so that a step of the engine costs one
 message however many sequences it advanced. A request on that stream has one BYTES tensor `session`,
-holding JSON; `id` names the session:
+holding JSON; `id` names the session, `secret` (left out below) proves that inference speaks: any client
+may send tensors to the model, but only inference may speak for many clients.
 
     {"op": "open", "id": "…"}                      answered by `step` tensors until the stream ends
     {"op": "submit", "id": "…", "key": 7, "input_ids": […], "sampling": {…}, "traceparent": "00-…"}
     {"op": "cancel", "id": "…", "key": 7}          both answered once, empty or with an error
+    {"op": "stats", "id": ""}                      answered by `text_output`: engine.Counts as JSON
 
 `step` is INT32 [n, 3]: rows of (key, token id or NO_TOKEN, Finish).
 """
@@ -22,21 +24,28 @@ from services.inference.backends.engine import Job, Sampling
 SESSION = "session"
 STEP = "step"
 NO_TOKEN = -1
+MAX_KEY = 2**31 - 1  # `step` is INT32
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One of the three requests above; `job` is set for a submit."""
+    """One of the requests above; `job` is set for a submit."""
 
     op: str
     session: str
+    secret: str
     key: int = 0
     job: Job | None = None
     traceparent: str = ""
 
 
 def dump(command: Command) -> bytes:
-    body: dict[str, Any] = {"op": command.op, "id": command.session, "key": command.key}
+    body: dict[str, Any] = {
+        "op": command.op,
+        "id": command.session,
+        "secret": command.secret,
+        "key": command.key,
+    }
     if command.job is not None:
         body["input_ids"] = list(command.job.input_ids)
         body["sampling"] = asdict(command.job.sampling)
@@ -48,10 +57,13 @@ def load(raw: bytes) -> Command:
     """Raises ValueError if `raw` is not what `dump` makes."""
     try:
         body = json.loads(raw)
-        op, session, key = str(body["op"]), str(body["id"]), int(body.get("key", 0))
+        op, session, secret = str(body["op"]), str(body["id"]), str(body["secret"])
+        key = int(body.get("key", 0))
+        if not 0 <= key <= MAX_KEY:
+            raise ValueError(f"key: 0 to {MAX_KEY}")
         job = None
         if op == "submit":
             job = Job(key, [int(i) for i in body["input_ids"]], Sampling(**body["sampling"]))
-        return Command(op, session, key, job, str(body.get("traceparent", "")))
-    except (KeyError, TypeError, AttributeError) as err:
+        return Command(op, session, secret, key, job, str(body.get("traceparent", "")))
+    except (KeyError, TypeError, AttributeError, OverflowError) as err:
         raise ValueError(f"not a session command: {err!r}") from err

@@ -1,0 +1,105 @@
+"""What tests share: free ports, real parts as child processes, and one running suite for a session."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from bench import suite as suites
+from deploy.local import layout as at
+from deploy.local.layout import Layout
+from deploy.local.part import Running
+from deploy.local.parts import etcd
+from pipeline.bundled import TEXT_MODEL, bundled
+
+ALL_PORTS = (at.PUBLIC, at.GATEWAY, at.REGISTRY, at.INFERENCE, at.TRITON_HTTP, at.TRITON_GRPC)
+ALL_PORTS += (at.TRITON_METRICS, at.ETCD, at.ETCD_PEER, at.ENVOY_ADMIN)
+_next_offset = 2000 + os.getpid() % 50 * 100
+
+
+def free_offset() -> int:
+    """An offset at which every port of a suite is free, another one each time."""
+    global _next_offset
+    while True:
+        _next_offset += 10
+        if all(_free(base + _next_offset) for base in ALL_PORTS):
+            return _next_offset
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((at.HOST, port)) != 0
+
+
+@pytest.fixture(scope="session")
+def artifacts() -> dict[str, Path]:
+    """Folders of the bundled artifacts by model."""
+    return {item.name: item.package.folder for item in bundled(print)}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(artifacts: dict[str, Path]) -> Tokenizer:
+    """The text model's own."""
+    return Tokenizer.from_file(str(artifacts[TEXT_MODEL] / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+async def suite() -> AsyncIterator[suites.Suite]:
+    """A whole suite with the bundled models, for tests that leave it as they found it."""
+    async with suites.running(free_offset()) as running:
+        try:
+            yield running
+        finally:
+            show_logs(running.layout)
+
+
+@pytest.fixture
+async def etcd_server(tmp_path: Path) -> AsyncIterator[EtcdServer]:
+    server = EtcdServer(Layout(tmp_path, free_offset()))
+    await server.start()
+    yield server
+    await server.stop()
+
+
+class EtcdServer:
+    """A real etcd that tests may kill and start again on the same data."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._running: Running | None = None
+
+    @property
+    def address(self) -> str:
+        return self.layout.address(at.ETCD)
+
+    async def start(self) -> None:
+        self._running = await Running.start(etcd(self.layout), self.layout.logs)
+        await self._running.until_ready()
+
+    async def stop(self) -> None:
+        if self._running is not None:
+            await self._running.stop()
+            self._running = None
+
+    async def kill(self) -> None:
+        assert self._running is not None
+        os.kill(self._running.pid, 9)
+        await self._running.ended()
+        self._running = None
+
+
+def show_logs(layout: Layout, lines: int = 15) -> None:
+    """The end of every log, for pytest to show when something failed."""
+    for log in sorted(layout.logs.glob("*.log")):
+        print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-lines:], sep="\n")  # noqa: T201
+
+
+@pytest.fixture(autouse=True, scope="session")
+def offline() -> None:
+    """No test may wait for a hub."""
+    os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,0 +1,365 @@
+"""The Open Inference Protocol through the public port, with an unmodified tritonclient."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+import lingqu
+from bench.suite import Suite
+from lingqu.registry.v1 import models_pb2
+from pipeline.bundled import TEXT_MODEL, VECTOR_MODEL
+from pipeline.package import Package
+from pipeline.tensor import package_tensor
+from services.core.discovery import Registry
+from services.inference.artifact import Manifest
+from tests.waiting import until
+
+MODEL = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        tensor = pb_utils.Tensor("VERSION", np.array([[{version}]], dtype=np.int32))
+        return [pb_utils.InferenceResponse([tensor]) for _ in requests]
+"""
+CONFIG = """
+backend: "python"
+max_batch_size: 8
+input [ { name: "INPUT" data_type: TYPE_INT32 dims: [ 2 ] } ]
+output [ { name: "VERSION" data_type: TYPE_INT32 dims: [ 1 ] } ]
+instance_group [ { count: 1 kind: KIND_CPU } ]
+"""
+
+
+@pytest.fixture
+def client(suite: Suite) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(suite.public) as client:
+        yield client
+
+
+@pytest.fixture
+def headers(suite: Suite) -> dict[str, str]:
+    return {"authorization": f"Bearer {suite.key}"}
+
+
+def made(tmp_path: Path, version: int, body: str = "") -> Package:
+    """An artifact whose model answers with its version."""
+    folder = tmp_path / f"source{version}"
+    folder.mkdir()
+    (folder / "config.pbtxt").write_text(CONFIG)
+    (folder / "model.py").write_text(body or MODEL.format(version=version))
+    return package_tensor(folder, tmp_path / "made")
+
+
+def pair(shape: tuple[int, ...] = (1, 2), kind: str = "INT32") -> list[Any]:
+    found = triton.InferInput("INPUT", list(shape), kind)
+    found.set_data_from_numpy(np.zeros(shape, np.int32 if kind == "INT32" else np.float32))
+    return [found]
+
+
+def test_vectors_over_the_protocol(
+    client: triton.InferenceServerClient, headers: dict[str, str], suite: Suite
+) -> None:
+    ids, mask = (triton.InferInput(n, [2, 4], "INT64") for n in ("input_ids", "attention_mask"))
+    ids.set_data_from_numpy(np.array([[101, 7592, 2088, 102], [101, 7592, 102, 0]]))
+    mask.set_data_from_numpy(np.array([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    answer = client.infer(VECTOR_MODEL, [ids, mask], headers=headers)
+    vectors = answer.as_numpy("embedding")
+    assert vectors.shape == (2, 384)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_the_server_and_its_models_describe_themselves(
+    client: triton.InferenceServerClient, headers: dict[str, str]
+) -> None:
+    assert client.is_server_live(headers=headers)
+    assert client.is_server_ready(headers=headers)
+    assert client.get_server_metadata(headers=headers).name == "triton"
+    assert client.is_model_ready(TEXT_MODEL, headers=headers)
+    assert client.get_model_metadata(VECTOR_MODEL, headers=headers).outputs[0].name == "embedding"
+    assert client.get_model_config(TEXT_MODEL, headers=headers).config.model_transaction_policy.decoupled
+    statistics = client.get_inference_statistics(VECTOR_MODEL, headers=headers)
+    assert statistics.model_stats[0].inference_stats.success.count > 0
+
+
+def test_text_over_the_protocols_stream(
+    client: triton.InferenceServerClient, headers: dict[str, str], suite: Suite
+) -> None:
+    answers: queue.Queue[Any] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put(error or result), headers=headers)
+    text = triton.InferInput("text_input", [1], "BYTES")
+    text.set_data_from_numpy(np.array([b"The canal joined two rivers and"], dtype=object))
+    sampling = triton.InferInput("sampling_parameters", [1], "BYTES")
+    sampling.set_data_from_numpy(np.array([json.dumps({"max_tokens": 12}).encode()], dtype=object))
+    client.async_stream_infer(TEXT_MODEL, [text, sampling], enable_empty_final_response=True)
+    pieces = []
+    while True:
+        answer = answers.get(timeout=20)
+        assert not isinstance(answer, Exception), answer
+        if (piece := answer.as_numpy("text_output")) is not None:
+            pieces.append(piece[0].decode())
+        if answer.get_response().parameters["triton_final_response"].bool_param:
+            break
+    client.stop_stream()
+    expected = asyncio.run(_generated(suite, "The canal joined two rivers and", 12))
+    assert "".join(pieces) == expected
+
+
+async def _generated(suite: Suite, prompt: str, tokens: int) -> str:
+    async with lingqu.Client(suite.public, suite.key) as client:
+        return (await client.generate(TEXT_MODEL, prompt, max_tokens=tokens)).text
+
+
+def test_bad_sampling_parameters_are_refused(
+    client: triton.InferenceServerClient, headers: dict[str, str]
+) -> None:
+    answers: queue.Queue[Any] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put(error or result), headers=headers)
+    for raw in (b"not json", b'{"max_tokens": 0}', b'{"max_tokens": 100000}', b"\xff"):
+        text = triton.InferInput("text_input", [1], "BYTES")
+        text.set_data_from_numpy(np.array([b"hello"], dtype=object))
+        sampling = triton.InferInput("sampling_parameters", [1], "BYTES")
+        sampling.set_data_from_numpy(np.array([raw], dtype=object))
+        client.async_stream_infer(TEXT_MODEL, [text, sampling])
+        assert isinstance(answers.get(timeout=10), InferenceServerException), raw
+    client.stop_stream()
+
+
+def test_the_session_of_inference_is_not_for_clients(
+    client: triton.InferenceServerClient, headers: dict[str, str]
+) -> None:
+    answers: queue.Queue[Any] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put(error or result), headers=headers)
+    for op in ("open", "submit", "cancel", "stats"):
+        command = triton.InferInput("session", [1], "BYTES")
+        body = {
+            "op": op,
+            "id": "x",
+            "secret": "guess",
+            "key": 1,
+            "input_ids": [1],
+            "sampling": {"max_tokens": 1},
+        }
+        command.set_data_from_numpy(np.array([json.dumps(body).encode()], dtype=object))
+        client.async_stream_infer(TEXT_MODEL, [command])
+        answer = answers.get(timeout=10)
+        assert isinstance(answer, InferenceServerException), op
+        assert "for the inference service" in str(answer)
+    client.stop_stream()
+
+
+async def test_tritons_own_errors_arrive_unchanged(
+    suite: Suite, client: triton.InferenceServerClient, headers: dict[str, str]
+) -> None:
+    await suite.publish_echo()
+    with triton.InferenceServerClient(suite.triton) as direct:
+        for inputs in (pair((2,)), pair((1, 2), "FP32"), []):
+            errors = []
+            for server in (direct, client):
+                with pytest.raises(InferenceServerException) as caught:
+                    server.infer("echo", inputs, headers=headers)
+                errors.append((caught.value.status(), caught.value.message()))
+            assert errors[0] == errors[1]
+            assert errors[0][0] == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_an_unknown_model_is_named(client: triton.InferenceServerClient, headers: dict[str, str]) -> None:
+    with pytest.raises(InferenceServerException, match='"nope" does not exist') as caught:
+        client.infer("nope", pair(), headers=headers)
+    assert caught.value.status() == "StatusCode.NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c, h: c.unload_model(VECTOR_MODEL, headers=h),
+        lambda c, h: c.load_model("x", headers=h),
+        lambda c, h: c.get_model_repository_index(headers=h),
+        lambda c, h: c.register_system_shared_memory("x", "/x", 8, headers=h),
+        lambda c, h: c.update_log_settings({}, headers=h),
+    ],
+)
+def test_what_changes_the_server_is_not_for_clients(
+    client: triton.InferenceServerClient, headers: dict[str, str], call: Any
+) -> None:
+    with pytest.raises(InferenceServerException) as caught:
+        call(client, headers)
+    assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+
+
+def test_without_a_key_no_tensors_either(client: triton.InferenceServerClient) -> None:
+    with pytest.raises(InferenceServerException) as caught:
+        client.infer("echo", pair())
+    assert caught.value.status() == "StatusCode.UNAUTHENTICATED"
+
+
+def test_a_message_too_large_to_route_is_refused(suite: Suite, headers: dict[str, str]) -> None:
+    with triton.InferenceServerClient(suite.public) as client:
+        huge = triton.InferInput("INPUT", [1, 8 << 20], "INT32")
+        huge.set_data_from_numpy(np.zeros((1, 8 << 20), np.int32))
+        with pytest.raises(InferenceServerException) as caught:
+            client.infer("echo", [huge], headers=headers)
+    assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+
+
+async def test_large_tensors_pass(suite: Suite, headers: dict[str, str]) -> None:
+    await suite.publish_echo()
+    values = np.arange(1 << 20, dtype=np.int32).reshape(1, -1)
+    tensor = triton.InferInput("INPUT", list(values.shape), "INT32")
+    tensor.set_data_from_numpy(values)
+    with triton.InferenceServerClient(suite.public) as client:
+        answer = await asyncio.to_thread(client.infer, "echo", [tensor], headers=headers)
+    assert np.array_equal(answer.as_numpy("OUTPUT"), values)
+
+
+# --- Versions -----------------------------------------------------------------------------------------
+
+
+def versions_seen(client: triton.InferenceServerClient, headers: dict[str, str], **request: Any) -> set[int]:
+    """What ten unary requests and ten on one stream are answered by."""
+    seen = {
+        int(client.infer("v", pair(), headers=headers, **request).as_numpy("VERSION")[0, 0])
+        for _ in range(10)
+    }
+    answers: queue.Queue[Any] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put(error or result), headers=headers)
+    for _ in range(10):
+        client.async_stream_infer("v", pair(), **request)
+    for _ in range(10):
+        answer = answers.get(timeout=10)
+        assert not isinstance(answer, Exception), answer
+        seen.add(int(answer.as_numpy("VERSION")[0, 0]))
+    client.stop_stream()
+    return seen
+
+
+async def test_a_new_version_takes_traffic_when_it_is_given_and_not_before(
+    suite: Suite, client: triton.InferenceServerClient, headers: dict[str, str], tmp_path: Path
+) -> None:
+    """Also for requests that name no version, which Triton would answer with the newest."""
+    registry = Registry(suite.layout.address(8082))
+
+    async def give_traffic(version: int) -> None:
+        request = models_pb2.SetTrafficRequest(model="v", version=version)
+        await registry.models.SetTraffic(request, timeout=5)
+
+    await suite.publish("v", made(tmp_path, 1).folder)
+    await until(lambda: _answers(client, headers), "version 1 is routed")
+    failures: list[Exception] = []
+    seen: list[int] = []
+    done = asyncio.Event()
+
+    async def load() -> None:
+        with triton.InferenceServerClient(suite.public) as own:
+            while not done.is_set():
+                try:
+                    answer = await asyncio.to_thread(own.infer, "v", pair(), headers=headers)
+                    seen.append(int(answer.as_numpy("VERSION")[0, 0]))
+                except InferenceServerException as err:
+                    failures.append(err)
+
+    loading = asyncio.create_task(load())
+    await suite.publish("v", made(tmp_path, 2).folder, traffic=False)
+    assert await asyncio.to_thread(versions_seen, client, headers) == {1}
+    assert await asyncio.to_thread(versions_seen, client, headers, model_version="2") == {2}
+    assert set(seen) == {1}
+    await give_traffic(2)
+    await until(lambda: seen[-1] == 2, "version 2 takes the traffic", timeout_s=1)
+    assert await asyncio.to_thread(versions_seen, client, headers) == {2}
+    await give_traffic(1)
+    await until(lambda: seen[-1] == 1, "and back", timeout_s=1)
+    assert await asyncio.to_thread(versions_seen, client, headers) == {1}
+    done.set()
+    await loading
+    await registry.close()
+    assert [str(failure) for failure in failures] == []
+    assert len(seen) > 20
+
+
+def _answers(client: triton.InferenceServerClient, headers: dict[str, str]) -> bool:
+    try:
+        client.infer("v", pair(), headers=headers)
+    except InferenceServerException:
+        return False
+    return True
+
+
+async def test_a_corrupt_artifact_is_refused_and_never_loaded(suite: Suite, tmp_path: Path) -> None:
+    package = made(tmp_path, 77)
+    (package.folder / "model.py").write_text("raise SystemExit('ran code that nobody signed for')\n")
+    with pytest.raises(lingqu.publishing.PublishFailed, match=r"model\.py is corrupt"):
+        await suite.publish("corrupt", package.folder)
+    with triton.InferenceServerClient(suite.triton) as direct:
+        index = direct.get_model_repository_index()
+    assert "corrupt" not in {model.name for model in index.models}
+
+
+async def test_a_version_that_does_not_load_leaves_the_one_before_alone(
+    suite: Suite, client: triton.InferenceServerClient, headers: dict[str, str], tmp_path: Path
+) -> None:
+    await suite.publish("fragile", made(tmp_path, 1).folder)
+    broken = made(tmp_path, 2, "raise RuntimeError('no such device')\n")
+    with pytest.raises(lingqu.publishing.PublishFailed, match="no such device"):
+        await suite.publish("fragile", broken.folder)
+    answer = await asyncio.to_thread(client.infer, "fragile", pair(), headers=headers)
+    assert int(answer.as_numpy("VERSION")[0, 0]) == 1
+
+
+async def test_whatever_is_wrong_with_a_version_harms_no_other(
+    suite: Suite, client: triton.InferenceServerClient, headers: dict[str, str], tmp_path: Path
+) -> None:
+    await suite.publish("sound", made(tmp_path, 1).folder)
+    broken = {
+        "misspelt configuration": ("config.pbtxt", CONFIG.replace("max_batch_size", "max_bach_size")),
+        "other inputs": ("config.pbtxt", CONFIG.replace("INPUT", "Z")),
+        "no Python": ("model.py", "def ("),
+    }
+    for number, (name, content) in enumerate(broken.values(), 2):
+        folder = tmp_path / f"broken{number}"
+        folder.mkdir()
+        (folder / "config.pbtxt").write_text(CONFIG)
+        (folder / "model.py").write_text(MODEL.format(version=number))
+        (folder / name).write_text(content)
+        with pytest.raises(lingqu.publishing.PublishFailed, match="refused by every replica"):
+            await suite.publish("sound", package_tensor(folder, tmp_path / "made").folder)
+        answer = await asyncio.to_thread(client.infer, "sound", pair(), headers=headers)
+        assert int(answer.as_numpy("VERSION")[0, 0]) == 1
+
+
+async def test_a_version_that_answers_wrongly_is_refused(
+    suite: Suite, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The golden vectors are exchanged: all is intact, but it is not the model that was judged."""
+    from pipeline.package import seal
+
+    manifest = Manifest.read(artifacts[VECTOR_MODEL])
+    first, second, *rest = manifest.golden_vectors
+    swapped = (
+        first.model_copy(update={"vector": second.vector}),
+        second.model_copy(update={"vector": first.vector}),
+        *rest,
+    )
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    for name in manifest.files:
+        (staging / name).symlink_to(artifacts[VECTOR_MODEL] / name)
+    package = seal(staging, manifest.model_copy(update={"golden_vectors": swapped}), tmp_path / "made")
+    with pytest.raises(lingqu.publishing.PublishFailed, match="golden example"):
+        await suite.publish("impostor", package.folder)
+    async with lingqu.Client(suite.public, suite.key) as client:
+        with pytest.raises(lingqu.LingquError) as caught:
+            await client.embed("impostor", ["x"])
+    assert caught.value.code == grpc.StatusCode.NOT_FOUND

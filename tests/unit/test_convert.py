@@ -1,0 +1,86 @@
+"""Every field of a request at, below and above its bounds; errors name the field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lingqu.inference.v1 import inference_pb2 as pb
+from services.core.errors import InvalidInput
+from services.inference import convert
+
+CHAT = [pb.Message(role="user", content="hello")]
+
+
+def request(**fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(**{"model": "m", "prompt": "hello", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"messages": CHAT}, "prompt"),
+        ({"prompt": "x" * (convert.MAX_TEXT_BYTES + 1)}, "prompt"),
+        ({"prompt": "灵" * (convert.MAX_TEXT_BYTES // 3 + 1)}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"stop": ["x"] * 9}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"stop": ["ok", "x" * 257]}, "stop[1]"),
+        ({"prompt": "", "messages": [pb.Message(role="oracle", content="x")]}, "messages[0].role"),
+        ({"prompt": "", "messages": [*CHAT, pb.Message(role="system")]}, "messages[1].role"),
+        ({"prompt": "", "messages": CHAT * (convert.MAX_TURNS + 1)}, "messages"),
+    ],
+)
+def test_a_wrong_field_is_named(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        convert.to_generate_job(request(**fields))
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 1},
+        {"temperature": 0.0},
+        {"temperature": 2.0},
+        {"top_p": 1.0},
+        {"top_p": 1e-6},
+        {"top_k": 1},
+        {"seed": 2**64 - 1},
+        {"stop": ["x" * 256] * 8},
+        {"prompt": "x" * convert.MAX_TEXT_BYTES},
+    ],
+)
+def test_bounds_are_allowed(fields: dict[str, Any]) -> None:
+    assert convert.to_generate_job(request(**fields)).prompt
+
+
+def test_defaults_are_greedy_and_unbounded() -> None:
+    job = convert.to_generate_job(request())
+    assert (job.temperature, job.top_p, job.top_k, job.max_tokens, job.stop) == (0.0, 1.0, 0, None, ())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "field"),
+    [
+        ([], "inputs"),
+        (["x"] * (convert.MAX_INPUTS + 1), "inputs"),
+        (["ok", ""], "inputs[1]"),
+        (["x" * (convert.MAX_TEXT_BYTES + 1)], "inputs[0]"),
+    ],
+)
+def test_wrong_inputs_are_named(inputs: list[str], field: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        convert.to_texts(pb.EmbedRequest(model="m", inputs=inputs))
+    assert refused.value.field == field

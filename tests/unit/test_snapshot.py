@@ -1,0 +1,154 @@
+"""From the registry's state to Envoy's configuration: complete, consistent, and accepted by Envoy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.json_format import MessageToDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deploy.local.layout import Layout
+from deploy.local.parts import envoy
+from services.core.discovery import FAILED, LOADING, READY, Hosted, Model, Replica, Version, VersionKey
+from services.gateway import xds
+from services.gateway.keys import KeyRing
+from services.gateway.snapshot import Entry, Snapshot, snapshot
+from services.gateway.view import View, view
+
+ENTRY = Entry("127.0.0.1:8080", "127.0.0.1:8081", {"keys": []}, "127.0.0.1:4317")
+
+names = st.sampled_from(["a", "b.c", "d-e_f"])
+
+
+@st.composite
+def registries(draw: st.DrawFn) -> tuple[list[Replica], list[Model]]:
+    """Any state the registry can be in, dead replicas and missing traffic included."""
+    models = []
+    for name in draw(st.sets(names)):
+        count = draw(st.integers(1, 3))
+        task = draw(st.sampled_from(["generate", "embed", "tensor"]))
+        versions = tuple(
+            Version(VersionKey(name, n), "file:///x", "0", task, "python") for n in range(1, count + 1)
+        )
+        models.append(Model(name, versions, draw(st.integers(0, count)), 0))
+    replicas = []
+    for number in range(draw(st.integers(0, 3))):
+        hosted = tuple(
+            Hosted(v.key, draw(st.sampled_from([READY, LOADING, FAILED]))) for m in models for v in m.versions
+        )
+        endpoints = {"grpc": f"10.0.0.{number + 1}:8083", "oip": f"10.0.0.{number + 1}:8001"}
+        replicas.append(Replica(f"r{number}", "inference", endpoints, hosted))
+    return replicas, models
+
+
+def routes_of(made: Snapshot) -> list[dict[str, Any]]:
+    body = MessageToDict(made.resources[xds.ROUTES]["public"], preserving_proto_field_name=True)
+    found: list[dict[str, Any]] = body["virtual_hosts"][0]["routes"]
+    return found
+
+
+@settings(deadline=None)
+@given(registries())
+def test_every_route_has_its_cluster_and_every_cluster_its_endpoints(
+    state: tuple[list[Replica], list[Model]],
+) -> None:
+    made = snapshot(view(*state), ENTRY)
+    clusters = made.resources[xds.CLUSTER]
+    for route in routes_of(made):
+        if "route" in route:
+            assert route["route"]["cluster"] in clusters
+    discovered = {name for name, c in clusters.items() if MessageToDict(c)["type"] == "EDS"}
+    assert discovered == set(made.resources[xds.ENDPOINTS])
+
+
+@settings(deadline=None)
+@given(registries())
+def test_only_ready_replicas_of_the_traffic_version_get_requests(
+    state: tuple[list[Replica], list[Model]],
+) -> None:
+    replicas, models = state
+    targets = {target.model: target for target in view(replicas, models).targets}
+    for model in models:
+        if not model.traffic:
+            assert model.name not in targets
+            continue
+        able = [
+            r.endpoints["oip"]
+            for r in replicas
+            if Hosted(VersionKey(model.name, model.traffic), READY) in r.models
+        ]
+        assert sorted(targets[model.name].tensor_endpoints) == sorted(able)
+
+
+@settings(deadline=None)
+@given(registries())
+def test_the_order_of_the_registry_does_not_matter(state: tuple[list[Replica], list[Model]]) -> None:
+    replicas, models = state
+    assert (
+        snapshot(view(replicas, models), ENTRY).version
+        == snapshot(view(replicas[::-1], models[::-1]), ENTRY).version
+    )
+
+
+def test_a_newer_version_without_traffic_pins_tensor_requests_to_the_one_that_has_it() -> None:
+    versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "tensor", "python") for n in (1, 2))
+    for traffic, pin in ((1, "1"), (2, None)):
+        made = snapshot(view([], [Model("m", versions, traffic, 0)]), ENTRY)
+        route = next(
+            r for r in routes_of(made) if r.get("route", {}).get("cluster", "").startswith("tensor/m")
+        )
+        lua = route.get("metadata", {}).get("filter_metadata", {}).get("envoy.filters.http.lua", {})
+        assert lua.get("pin") == pin
+
+
+def test_endpoints_alone_change_when_a_replica_comes() -> None:
+    version = Version(VersionKey("m", 1), "file:///x", "0", "embed", "onnxruntime")
+    models = [Model("m", (version,), 1, 0)]
+    replica = Replica(
+        "r", "inference", {"grpc": "10.0.0.1:1", "oip": "10.0.0.1:2"}, (Hosted(version.key, READY),)
+    )
+    before, after = snapshot(view([], models), ENTRY), snapshot(view([replica], models), ENTRY)
+    for kind in (xds.CLUSTER, xds.LISTENER, xds.ROUTES):
+        assert before.versions[kind] == after.versions[kind]
+    assert before.versions[xds.ENDPOINTS] != after.versions[xds.ENDPOINTS]
+
+
+@pytest.mark.parametrize("traces", ["", "127.0.0.1:4317"])
+def test_envoy_accepts_a_snapshot(tmp_path: Path, traces: str) -> None:
+    """`envoy --mode validate`, with the snapshot as a static configuration."""
+    versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "generate", "x") for n in (1, 2))
+    entry = Entry("127.0.0.1:0", "127.0.0.1:1", KeyRing.at(tmp_path / "key.pem").jwks(), traces)
+    made = snapshot(view([], [Model("m", versions, 1, 0)]), entry)
+    listener = as_dict(made, xds.LISTENER)["public"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    del manager["rds"]
+    manager["route_config"] = as_dict(made, xds.ROUTES)["public"]
+    clusters = []
+    for cluster in as_dict(made, xds.CLUSTER).values():
+        if cluster["type"] == "EDS":
+            del cluster["eds_cluster_config"]
+            cluster |= {"type": "STATIC", "load_assignment": as_dict(made, xds.ENDPOINTS)[cluster["name"]]}
+        clusters.append(cluster)
+    config = tmp_path / "envoy.json"
+    config.write_text(json.dumps({"static_resources": {"listeners": [listener], "clusters": clusters}}))
+    binary = envoy(Layout(tmp_path)).argv[0]
+    checked = subprocess.run(
+        [binary, "--mode", "validate", "-c", str(config)], capture_output=True, text=True, timeout=60
+    )
+    assert checked.returncode == 0, checked.stderr[-2000:]
+
+
+def as_dict(made: Snapshot, kind: str) -> dict[str, Any]:
+    return {
+        name: MessageToDict(message, preserving_proto_field_name=True)
+        for name, message in made.resources[kind].items()
+    }
+
+
+def test_nothing_is_a_view_too() -> None:
+    assert snapshot(View((), ()), ENTRY).version == snapshot(view([], []), ENTRY).version
