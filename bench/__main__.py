@@ -31,5 +31,8 @@ async def main(names: list[str]) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     choices = ["startup", "tensor", "text"]
-    parser.add_argument("names", nargs="*", choices=[*choices, []], default=choices)
-    sys.exit(asyncio.run(main(parser.parse_args().names)))
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(choices)}; none: all")
+    names = parser.parse_args().names or choices
+    if unknown := set(names) - set(choices):
+        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
+    sys.exit(asyncio.run(main(names)))

@@ -211,7 +211,7 @@ def _listener(entry: Entry) -> dict[str, Any]:
                 },
             ),
             _filter("lua", "v3.Lua", {"default_source_code": {"inline_string": _lua()}}),
-            _filter("router", "v3.Router", {}),
+            _filter("router", "v3.Router", {"suppress_envoy_headers": True}),
         ],
         "local_reply_config": {"mappers": _mappers()},
     }
