@@ -25,3 +25,9 @@ async def until(
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s:.0f} s: {what}")
         await asyncio.sleep(every_s)
+
+
+async def pause(seconds: float, because: str) -> None:
+    """Let time pass where its passing is what is tested; `because` says so to the reader."""
+    assert because
+    await asyncio.sleep(seconds)

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from deploy.local.guard import remove
 from services.core.lifecycle import CHANNEL_OPTIONS
 
 PROBE_S = 0.05
@@ -37,8 +38,8 @@ class Part:
     stop_timeout_s: float = 8.0
     prepare: Callable[[], None] | None = None
     """Called before every start."""
-    clean_up: Callable[[], None] | None = None
-    """Called when a process of the part has ended."""
+    leftovers: str = ""
+    """Absolute pattern of files that a killed process of the part leaves behind; they are removed."""
 
 
 class Running:
@@ -52,6 +53,8 @@ class Running:
     async def start(cls, part: Part, logs: Path) -> Running:
         if part.prepare is not None:
             part.prepare()
+        if part.leftovers:
+            remove(part.leftovers)
         with _open_log(logs / f"{part.name}.log") as log:
             process = await asyncio.create_subprocess_exec(
                 *part.argv,
@@ -101,8 +104,8 @@ class Running:
         self._clean_up()
 
     def _clean_up(self) -> None:
-        if self.part.clean_up is not None:
-            self.part.clean_up()
+        if self.part.leftovers:
+            remove(self.part.leftovers)
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -123,8 +123,7 @@ def triton_server(layout: Layout) -> Part:
                 at.TRITON_METRICS: "Triton metrics",
             },
         ),
-        prepare=lambda: triton.remove_shared_memory(layout),
-        clean_up=lambda: triton.remove_shared_memory(layout),
+        leftovers=triton.shared_memory(layout),
         # Triton waits for ever for streams that somebody holds open: do not wait with it.
         stop_timeout_s=5.0,
     )

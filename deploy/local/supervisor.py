@@ -172,6 +172,9 @@ class Supervisor:
             bufsize=1,
             start_new_session=True,
         )
+        for part in self._parts:
+            if part.leftovers:
+                self._to_guard(f"~{part.leftovers}")
         for running in self._running.values():
             self._to_guard(f"+{running.pid}")
 

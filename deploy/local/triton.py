@@ -30,6 +30,15 @@ class TritonFiles:
         return self.home / "models"
 
 
+def has_libpython() -> bool:
+    """Whether the shared library that the stub needs is on this machine."""
+    try:
+        _libpython_folder(f"{sys.version_info.major}.{sys.version_info.minor}")
+    except TritonUnusable:
+        return False
+    return True
+
+
 def prepare(home: Path) -> TritonFiles:
     """Copy what must be executable or changed (85 MB, once). Raises TritonUnusable."""
     spec = importlib.util.find_spec("pytriton")
@@ -93,10 +102,9 @@ def environment(files: TritonFiles) -> dict[str, str]:
     }
 
 
-def remove_shared_memory(layout: Layout) -> None:
-    """Regions that a killed Triton, or the stubs killed with it, left in memory."""
-    for region in Path("/dev/shm").glob(f"{_shm_prefix(layout)}*"):  # noqa: S108 - where POSIX puts them
-        region.unlink(missing_ok=True)
+def shared_memory(layout: Layout) -> str:
+    """Pattern of the regions that a killed Triton, or its model processes, leave in memory."""
+    return f"/dev/shm/{_shm_prefix(layout)}*"  # noqa: S108 - where POSIX puts them
 
 
 def _shm_prefix(layout: Layout) -> str:
@@ -106,7 +114,8 @@ def _shm_prefix(layout: Layout) -> str:
 def _libpython_folder(python: str) -> Path:
     """Where libpython is: the stub is linked against it, and not every Python comes with one."""
     name = f"libpython{python}.so.1.0"
-    folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", "/usr/lib/x86_64-linux-gnu"]
+    own = f"{sys.prefix}/share/lingqu/lib"  # where libpython.sh puts it
+    folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", "/usr/lib/x86_64-linux-gnu", own]
     for folder in filter(None, folders):
         if (Path(folder) / name).exists():
             return Path(folder)

@@ -23,8 +23,9 @@ from services.core.telemetry import tracing
 from services.gateway.ads import Ads, Snapshots
 from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
 from services.gateway.keys import KeyRing
+from services.gateway.listener import Entry
 from services.gateway.service import Gateway
-from services.gateway.snapshot import Entry, snapshot
+from services.gateway.snapshot import snapshot
 from services.gateway.view import View, view
 
 GATEWAY_SERVICE = "lingqu.gateway.v1.GatewayService"

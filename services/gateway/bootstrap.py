@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.gateway.snapshot import socket_address
+from services.gateway.clusters import socket_address
 
 
 def bootstrap(node_id: str, control: str, admin: str) -> dict[str, Any]:

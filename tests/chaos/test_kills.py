@@ -23,7 +23,7 @@ from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from pipeline.bundled import TEXT_MODEL, VECTOR_MODEL
 from tests.conftest import free_offset, show_logs
-from tests.waiting import until
+from tests.waiting import pause, until
 
 pytestmark = pytest.mark.chaos
 PARTS = ("registry", "gateway", "inference", "triton", "envoy", "etcd")
@@ -126,7 +126,7 @@ async def test_a_triton_that_pauses_is_not_given_up(victim: Suite) -> None:
             if len(pieces) == 3:
                 group = processes(victim)["triton"]["pid"]
                 os.killpg(group, signal.SIGSTOP)
-                await asyncio.wait([asyncio.create_task(asyncio.Event().wait())], timeout=4)
+                await pause(4, "longer than inference waits for an answer of Triton's")
                 os.killpg(group, signal.SIGCONT)
     assert chunk.usage.completion_tokens == 600
 
@@ -183,6 +183,8 @@ async def test_however_the_suite_ends_no_process_survives(number: signal.Signals
                 break
             await until(lambda: not alive(family), f"all processes ended; left: {alive(family)}", 20)
         assert await running.process.wait() == (-number if number == signal.SIGKILL else 0)
+        prefix = f"lingqu{8001 + running.layout.offset}_"
+        await until(lambda: not list(Path("/dev/shm").glob(f"{prefix}*")), "no shared memory is left")
 
 
 async def test_a_second_suite_says_who_holds_the_ports(victim: Suite, tmp_path: Path) -> None:

@@ -225,6 +225,18 @@ async def test_large_tensors_pass(suite: Suite, headers: dict[str, str]) -> None
     assert np.array_equal(answer.as_numpy("OUTPUT"), values)
 
 
+async def test_an_answer_may_take_longer_than_a_proxy_waits_by_default(
+    suite: Suite, client: triton.InferenceServerClient, headers: dict[str, str], tmp_path: Path
+) -> None:
+    """Envoy gives up after 15 s unless it is told otherwise."""
+    body = MODEL.format(version=1).replace(
+        "        tensor", "        import time; time.sleep(16)\n        tensor"
+    )
+    await suite.publish("slow", made(tmp_path, 1, body).folder)
+    answer = await asyncio.to_thread(client.infer, "slow", pair(), headers=headers)
+    assert int(answer.as_numpy("VERSION")[0, 0]) == 1
+
+
 # --- Versions -----------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from services.registry import mirror as mirrors
 from services.registry.app import RegistrySettings, running
 from services.registry.etcd import Etcd, Put
 from tests.conftest import EtcdServer, free_offset
-from tests.waiting import until
+from tests.waiting import pause, until
 
 INSTANCE = pb.Instance(id="i1", service="inference", endpoints={"grpc": "127.0.0.1:1"})
 
@@ -110,7 +110,7 @@ async def test_kept_alive_it_stays(registry: Registry) -> None:
         await call.write(pb.KeepAliveRequest(lease_id=lease))
         answer = await call.read()
         assert answer.lease_id == lease
-        await asyncio.wait([asyncio.create_task(asyncio.Event().wait())], timeout=0.3)
+        await pause(0.3, "three seconds of a lease of one")
     assert await ids(registry) == ["i1"]
     call.cancel()
 

@@ -9,7 +9,8 @@ from envoy.service.discovery.v3 import discovery_pb2
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
 from services.gateway import xds
 from services.gateway.ads import DataPlane, Stream
-from services.gateway.snapshot import Entry, Snapshot, snapshot
+from services.gateway.listener import Entry
+from services.gateway.snapshot import Snapshot, snapshot
 from services.gateway.view import view
 
 ENTRY = Entry("127.0.0.1:8080", "127.0.0.1:8081", {"keys": []})

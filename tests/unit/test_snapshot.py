@@ -17,7 +17,8 @@ from deploy.local.parts import envoy
 from services.core.discovery import FAILED, LOADING, READY, Hosted, Model, Replica, Version, VersionKey
 from services.gateway import xds
 from services.gateway.keys import KeyRing
-from services.gateway.snapshot import Entry, Snapshot, snapshot
+from services.gateway.listener import Entry
+from services.gateway.snapshot import Snapshot, snapshot
 from services.gateway.view import View, view
 
 ENTRY = Entry("127.0.0.1:8080", "127.0.0.1:8081", {"keys": []}, "127.0.0.1:4317")

@@ -1,0 +1,75 @@
+"""Where requests go: Envoy's clusters and their endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from services.gateway.view import Target
+
+CONTROL = "control"
+TRACES = "traces"
+ANY_TRITON = "tensor"
+ADS = {"ads": {}, "resource_api_version": "V3"}
+
+
+def backends(target: Target) -> dict[str, tuple[str, ...]]:
+    """Clusters of a model's traffic version with their endpoints; tensor models have no text API."""
+    suffix = f"{target.model}/{target.version}"
+    found = {f"tensor/{suffix}": target.tensor_endpoints}
+    if target.task != "tensor":
+        found[f"text/{suffix}"] = target.text_endpoints
+    return found
+
+
+def discovered(name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": "EDS",
+        "eds_cluster_config": {"eds_config": ADS},
+        "lb_policy": "LEAST_REQUEST",
+        **_CONNECTIONS,
+    }
+
+
+def fixed(name: str, address: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": "STRICT_DNS",
+        "load_assignment": endpoints(name, (address,)),
+        **_CONNECTIONS,
+    }
+
+
+_CONNECTIONS: dict[str, Any] = {
+    "connect_timeout": "1s",
+    # Far above what two cores serve: Envoy's defaults (1024 requests, 3 retries) would refuse healthy load.
+    "circuit_breakers": {
+        "thresholds": [
+            {
+                "max_connections": 10_000,
+                "max_pending_requests": 10_000,
+                "max_requests": 100_000,
+                "max_retries": 1024,
+            }
+        ]
+    },
+    "typed_extension_protocol_options": {
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+            "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+            "explicit_http_config": {
+                "http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "5s"}}
+            },
+        }
+    },
+}
+
+
+def endpoints(cluster: str, addresses: Iterable[str]) -> dict[str, Any]:
+    members = [{"endpoint": {"address": socket_address(address)}} for address in addresses]
+    return {"cluster_name": cluster, "endpoints": [{"lb_endpoints": members}] if members else []}
+
+
+def socket_address(address: str) -> dict[str, Any]:
+    host, _, port = address.rpartition(":")
+    return {"socket_address": {"address": host.strip("[]"), "port_value": int(port)}}

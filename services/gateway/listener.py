@@ -1,0 +1,173 @@
+"""The public port: the filters every request passes, in their order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from services.core.errors import (
+    BackendUnavailable,
+    ModelNotFound,
+    PermissionDenied,
+    QueueFull,
+    Unauthenticated,
+    to_rpc_status,
+)
+from services.gateway import replies
+from services.gateway.clusters import ADS, TRACES, socket_address
+from services.gateway.descriptors import descriptor_set, extractions
+from services.gateway.keys import AUDIENCE, ISSUER
+from services.gateway.routes import MODEL_HEADER, OPEN_PREFIXES, ROUTES, VERSION_HEADER
+
+LISTENER = "public"
+CLIENT_HEADER = "x-lingqu-client"
+HTTP = "envoy.extensions.filters.http"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What of the configuration does not come from the registry. Addresses are "host:port"."""
+
+    listen: str
+    control: str
+    jwks: Mapping[str, object]
+    traces: str = ""
+
+
+def listener(entry: Entry) -> dict[str, Any]:
+    manager: dict[str, Any] = {
+        "@type": "type.googleapis.com/envoy.extensions.filters.network."
+        "http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "public",
+        "codec_type": "AUTO",
+        "stream_idle_timeout": "0s",
+        "use_remote_address": True,
+        "server_header_transformation": "PASS_THROUGH",
+        "normalize_path": True,
+        "rds": {"config_source": ADS, "route_config_name": ROUTES},
+        "early_header_mutation_extensions": [_strip_own_headers()],
+        "http_filters": [
+            _filter("jwt_authn", "v3.JwtAuthentication", _authentication(entry.jwks)),
+            _filter(
+                "grpc_field_extraction",
+                "v3.GrpcFieldExtractionConfig",
+                {
+                    "descriptor_set": {"inline_bytes": descriptor_set()},
+                    "extractions_by_method": extractions(),
+                },
+            ),
+            _filter("lua", "v3.Lua", {"default_source_code": {"inline_string": _lua()}}),
+            _filter("router", "v3.Router", {"suppress_envoy_headers": True}),
+        ],
+        "local_reply_config": {"mappers": _mappers()},
+    }
+    if entry.traces:
+        manager["tracing"] = {
+            "provider": {
+                "name": "envoy.tracers.opentelemetry",
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.config.trace.v3.OpenTelemetryConfig",
+                    "grpc_service": {"envoy_grpc": {"cluster_name": TRACES}, "timeout": "1s"},
+                    "service_name": "lingqu-gateway",
+                },
+            }
+        }
+    chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+    return {
+        "name": LISTENER,
+        "address": socket_address(entry.listen),
+        "enable_reuse_port": False,
+        "filter_chains": [chain],
+    }
+
+
+def _authentication(jwks: Mapping[str, object]) -> dict[str, Any]:
+    provider = {
+        "issuer": ISSUER,
+        "audiences": [AUDIENCE],
+        "local_jwks": {"inline_string": json.dumps(jwks, sort_keys=True)},
+        "claim_to_headers": [{"header_name": CLIENT_HEADER, "claim_name": "sub"}],
+        "jwt_cache_config": {"jwt_cache_size": 1000},
+        "require_expiration": True,
+        "clock_skew_seconds": 1,
+        # Nowhere else, above all not in a URL, which ends up in logs.
+        "from_headers": [{"name": "authorization", "value_prefix": "Bearer "}],
+        "forward": True,  # the control plane checks scopes; routes to backends remove it
+    }
+    open_rules = [{"match": {"prefix": prefix}} for prefix in OPEN_PREFIXES]
+    closed_rule = {"match": {"prefix": "/"}, "requires": {"provider_name": ISSUER}}
+    return {"providers": {ISSUER: provider}, "rules": [*open_rules, closed_rule]}
+
+
+def _mappers() -> list[dict[str, Any]]:
+    """What Envoy refuses by itself, in the words and with the details that every other error has."""
+    by_details = {
+        "grpc_field_extraction_FAILED_PRECONDITION": QueueFull(
+            "the message is larger than the gateway reads"
+        ),
+        "Jwt_is_missing": Unauthenticated("no key was sent: authorization: Bearer <key>"),
+        "Jwt_is_expired": Unauthenticated("the key has expired"),
+    }
+    by_status = {
+        401: Unauthenticated("the key is malformed, of another issuer, or was not signed by this suite"),
+        403: PermissionDenied("the key is not for this suite"),
+        503: BackendUnavailable("no replica can answer at the moment; try again"),
+    }
+    return [
+        {"filter": _code_details_contain(text), **replies.local_reply(error)}
+        for text, error in by_details.items()
+    ] + [
+        {
+            "filter": {
+                "status_code_filter": {
+                    "comparison": {"value": {"default_value": status, "runtime_key": f"lingqu.{status}"}}
+                }
+            },
+            **replies.local_reply(error),
+        }
+        for status, error in by_status.items()
+    ]
+
+
+def _code_details_contain(text: str) -> dict[str, Any]:
+    return {
+        "extension_filter": {
+            "name": "cel",
+            "typed_config": {
+                "@type": "type.googleapis.com/"
+                "envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter",
+                "expression": f"response.code_details.contains('{text}')",
+            },
+        }
+    }
+
+
+def _strip_own_headers() -> dict[str, Any]:
+    """No client may say which model it was routed for or who it is."""
+    return {
+        "name": "strip",
+        "typed_config": {
+            "@type": "type.googleapis.com/"
+            "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+            "mutations": [{"remove": name} for name in (MODEL_HEADER, VERSION_HEADER, CLIENT_HEADER)],
+        },
+    }
+
+
+def _filter(name: str, message: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": f"envoy.filters.http.{name}",
+        "typed_config": {"@type": f"type.googleapis.com/{HTTP}.{name}.{message}", **config},
+    }
+
+
+def _lua() -> str:
+    source = resources.files("services.gateway").joinpath("routing.lua").read_text()
+    status = to_rpc_status(ModelNotFound(""))
+    status.ClearField("code")
+    status.ClearField("message")
+    escaped = "".join(f"\\x{byte:02x}" for byte in status.SerializeToString())
+    return source.replace("@MODEL_NOT_FOUND_DETAILS@", escaped)
