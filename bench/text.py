@@ -18,6 +18,7 @@ from pipeline.bundled import TEXT_MODEL, bundled
 PASSES = 5
 STREAMS = (1, 8, 32)
 TOKENS = 64
+MUST_KEEP = {32: 0.75}  # share of the raw loop's tokens per second, by streams
 SUBJECTS = ("canal", "river", "bridge", "mountain", "harbour", "forest", "city", "garden")
 
 
@@ -75,8 +76,11 @@ async def measure(suite: Suite) -> list[Target]:
         print(row(f"raw engine loop, {streams} streams, first token", [p.first for p in reference], "ms"))
         print(row(f"public port, {streams} streams, first token", [p.first for p in ours], "ms"))
         share = ratio([p.rate for p in ours], [p.rate for p in reference])
-        bound = 0.75 if streams == 32 else 0.0
-        targets.append(Target(f"public port ÷ raw loop, {streams} streams, tok/s", share, bound))
+        name = f"public port ÷ raw loop, {streams} streams, tok/s"
+        if streams in MUST_KEEP:
+            targets.append(Target(name, share, MUST_KEEP[streams]))
+        else:
+            print(f"  {name:<44} {share:10.2f} ×")
     alone = ratio([p.first for p in results["ours", 1]], [p.first for p in results["raw", 1]])
     targets.append(Target("public port ÷ raw loop, first token alone", alone, 2.0, at_least=False))
     return targets

@@ -20,6 +20,7 @@ from envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
 )
 from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2  # noqa: F401
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2  # noqa: F401
+from envoy.type.matcher.v3 import http_inputs_pb2  # noqa: F401
 
 _PREFIX = "type.googleapis.com/envoy.config"
 CLUSTER = f"{_PREFIX}.cluster.v3.Cluster"

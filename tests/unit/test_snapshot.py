@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,16 @@ def registries(draw: st.DrawFn) -> tuple[list[Replica], list[Model]]:
 
 
 def routes_of(made: Snapshot) -> list[dict[str, Any]]:
-    body = MessageToDict(made.resources[xds.ROUTES]["public"], preserving_proto_field_name=True)
-    found: list[dict[str, Any]] = body["virtual_hosts"][0]["routes"]
-    return found
+    """All routes, wherever they are in the matcher."""
+
+    def walk(node: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(node, dict):
+            if node.get("@type", "").endswith("route.v3.Route"):
+                yield node
+            for value in node.values():
+                yield from walk(value)
+
+    return list(walk(as_dict(made, xds.ROUTES)["public"]["virtual_hosts"][0]["matcher"]))
 
 
 @settings(deadline=None)
