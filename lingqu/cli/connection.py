@@ -61,11 +61,26 @@ class Suite:
 
     def client(self) -> Client:
         """Raises typer.Exit at once if the local suite does not run, instead of trying for minutes."""
-        if self.address is None and not (self.state / "suite.json").is_file():
-            fail(f"no suite is running in {self.state}; `lingqu up` starts one, --address names another")
+        if self.address is None:
+            self.running()
         return Client(self.public, self.secret)
 
+    def running(self) -> dict[str, Any]:
+        """What suite.json says of the running suite. Raises typer.Exit if none runs in this folder."""
+        try:
+            body: dict[str, Any] = json.loads((self.state / "suite.json").read_text())
+            os.kill(int(body["pid"]), 0)
+        except (OSError, ValueError, KeyError):
+            fail(
+                f"no suite is running in {self.state.resolve()}: start one with `lingqu up`, or name another "
+                "folder with `lingqu --state DIR …`"
+            )
+        return body
+
     def channel(self, port: int) -> grpc.aio.Channel:
+        """To a part that only the machine of the suite reaches. Raises typer.Exit for a remote suite."""
+        if self.address is not None:
+            fail("--address reaches the public port only; run this command on the suite's own machine")
         return grpc.aio.insecure_channel(self.local(port), options=channel_options(self.local(port)))
 
 

@@ -8,6 +8,7 @@ import signal
 import time
 
 import grpc
+from rich.markup import escape
 
 import lingqu
 from deploy.local.layout import GATEWAY, PUBLIC, REGISTRY, Layout
@@ -39,7 +40,7 @@ async def up(suite: Suite, offset: int, otlp: str, log_level: str, with_models: 
         out.print("stopped; nothing is left running")
         return 0
     except (CannotStart, PartMissing, TritonUnusable, PublishFailed) as error:
-        err.print(f"[red]cannot start:[/red] {error!s}", markup=False)
+        err.print(f"[red]cannot start:[/red] {escape(str(error))}")
         return 1
     raise AssertionError("unreachable")
 
@@ -80,7 +81,12 @@ async def _publish(layout: Layout, models: list[Bundled]) -> None:
 def _tell(layout: Layout, event: Event) -> None:
     if event.what == "died":
         log = layout.logs / f"{event.part}.log"
-        _line(event.part, "[red]died[/red]", event.seconds, f"{event.detail}; starting it again, see {log}")
+        _line(
+            event.part,
+            "[red]died[/red]",
+            event.seconds,
+            f"{event.detail} after that long; starting it again, see {log}",
+        )
     else:
         _line(event.part, event.what, event.seconds, "")
 

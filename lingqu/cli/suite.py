@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from typing import Annotated, Any
 
@@ -51,11 +50,7 @@ def up(
 def status(context: typer.Context) -> None:
     """The parts of the local suite, the models, and where they run."""
     suite: Suite = context.obj
-    try:
-        body = json.loads((suite.state / "suite.json").read_text())
-        os.kill(int(body["pid"]), 0)
-    except (OSError, ValueError, KeyError):
-        fail(f"no suite is running in {suite.state}; `lingqu up` starts one")
+    body = suite.running()
     table = Table(box=None, header_style="bold")
     for column in ("PART", "STATE", "PID", "PORTS", "RESTARTS"):
         table.add_column(column)

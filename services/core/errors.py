@@ -92,6 +92,13 @@ class QueueFull(LingquError):
     retry_after_s = 1.0
 
 
+class MessageTooLarge(LingquError):
+    """Larger than is read; trying again does not help."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "MESSAGE_TOO_LARGE"
+
+
 class SlowWatcher(LingquError):
     """A watcher fell so far behind that its buffer filled; it should watch again from a snapshot."""
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.propagate import extract
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from services.core.errors import LingquError, QueueFull, to_rpc_status
+from services.core.errors import InvalidInput, LingquError, QueueFull, to_rpc_status
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,10 @@ def server_stack(tracer: trace.Tracer, max_in_flight: int) -> list[grpc.aio.Serv
 
 
 class Layer(grpc.aio.ServerInterceptor):
-    """Wraps handlers of every shape in `around`."""
+    """Wraps handlers of every shape in `around`. A layer that `decodes` parses the requests inside of it, so
+    that it sees what is no message at all."""
+
+    decodes = False
 
     @abstractmethod
     def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]: ...
@@ -52,14 +56,17 @@ class Layer(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
+        decode = handler.request_deserializer if self.decodes else None
         inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
         async def unary(request: Any, context: Context) -> Any:
             async with self.around(method, context):
-                return await inner(request, context)
+                return await inner(_decoded(decode, request), context)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self.around(method, context), aclosing(inner(request, context)) as responses:
+            async with self.around(method, context), AsyncExitStack() as stack:
+                responses = inner(_decoded(decode, request), context)
+                await stack.enter_async_context(aclosing(responses))
                 async for response in responses:
                     yield response
 
@@ -70,8 +77,27 @@ class Layer(grpc.aio.ServerInterceptor):
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[bool(handler.request_streaming), bool(handler.response_streaming)]
         wrapper: Any = stream if handler.response_streaming else unary
-        wrapped: Handler = make(wrapper, handler.request_deserializer, handler.response_serializer)
+        wrapped: Handler = make(
+            wrapper, None if decode else handler.request_deserializer, handler.response_serializer
+        )
         return wrapped
+
+
+def _decoded(decode: Any, request: Any) -> Any:
+    """The parsed request, or the iterator of them. Raises InvalidInput."""
+    if decode is None:
+        return request
+    if not isinstance(request, bytes):
+        return _all_decoded(decode, request)
+    try:
+        return decode(request)
+    except DecodeError as err:
+        raise InvalidInput("request", "is not a well-formed message of this method") from err
+
+
+async def _all_decoded(decode: Any, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(decode, request)
 
 
 class Tracing(Layer):
@@ -108,6 +134,8 @@ class Tracing(Layer):
 
 class StatusMapper(Layer):
     """Turns what handlers raise into the status and details that clients see."""
+
+    decodes = True
 
     @asynccontextmanager
     async def around(self, method: str, context: Context) -> AsyncIterator[None]:

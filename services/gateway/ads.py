@@ -22,8 +22,6 @@ from services.gateway.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
-MAX_DATA_PLANES = 1024
-
 
 @dataclass
 class DataPlane:

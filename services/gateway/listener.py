@@ -10,9 +10,9 @@ from typing import Any
 
 from services.core.errors import (
     BackendUnavailable,
+    MessageTooLarge,
     ModelNotFound,
     PermissionDenied,
-    QueueFull,
     Unauthenticated,
     to_rpc_status,
 )
@@ -96,7 +96,9 @@ def _authentication(jwks: Mapping[str, object]) -> dict[str, Any]:
         "require_expiration": True,
         "clock_skew_seconds": 1,
         # Nowhere else, above all not in a URL, which ends up in logs.
-        "from_headers": [{"name": "authorization", "value_prefix": "Bearer "}],
+        "from_headers": [
+            {"name": "authorization", "value_prefix": f"{scheme} "} for scheme in ("Bearer", "bearer")
+        ],
         "forward": True,  # the control plane checks scopes; routes to backends remove it
     }
     open_rules = [{"match": {"prefix": prefix}} for prefix in OPEN_PREFIXES]
@@ -107,15 +109,15 @@ def _authentication(jwks: Mapping[str, object]) -> dict[str, Any]:
 def _mappers() -> list[dict[str, Any]]:
     """What Envoy refuses by itself, in the words and with the details that every other error has."""
     by_details = {
-        "grpc_field_extraction_FAILED_PRECONDITION": QueueFull(
-            "the message is larger than the gateway reads"
+        "grpc_field_extraction_FAILED_PRECONDITION": MessageTooLarge(
+            "the gateway reads messages up to 16 MiB"
         ),
         "Jwt_is_missing": Unauthenticated("no key was sent: authorization: Bearer <key>"),
         "Jwt_is_expired": Unauthenticated("the key has expired"),
+        "Audiences_in_Jwt_are_not_allowed": PermissionDenied("the key is not for this suite"),
     }
     by_status = {
         401: Unauthenticated("the key is malformed, of another issuer, or was not signed by this suite"),
-        403: PermissionDenied("the key is not for this suite"),
         503: BackendUnavailable("no replica can answer at the moment; try again"),
     }
     return [

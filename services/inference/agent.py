@@ -30,7 +30,7 @@ from services.inference.vectors import VectorModel
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-RETRY_S = 30.0  # an artifact that could not be read may be readable later
+RETRY_S = 30.0  # what could not be read or written may be later
 EXPECTED = (ArtifactRefused, LoadFailed, golden.GoldenMismatch)
 
 
@@ -163,7 +163,7 @@ class Agent:
         except Exception as err:  # whatever is wrong with one version must not harm the others
             unexpected = not isinstance(err, EXPECTED)
             log.error("%s refused: %s", key, _short(err), exc_info=unexpected)  # noqa: TRY400
-            if isinstance(err, ArtifactUnreachable):
+            if isinstance(err, ArtifactUnreachable | OSError):
                 self._retry_at[key] = time.monotonic() + RETRY_S
             await self._withdraw(key)
             self._set(Hosted(key, FAILED, _short(err)))

@@ -42,6 +42,7 @@ class VectorSpec(_Value):
 
     weights: FilePath
     max_tokens: int = Field(ge=1)
+    vocabulary: int = Field(ge=1)
     dimensions: int = Field(ge=1)
 
 

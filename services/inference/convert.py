@@ -6,7 +6,7 @@ import math
 
 from lingqu.inference.v1 import inference_pb2 as pb
 from services.core.errors import InvalidInput
-from services.inference.backends.engine import Finish
+from services.inference.backends.engine import MAX_TOP_K, Finish
 from services.inference.chat import Turn
 from services.inference.text import Delta, GenerateJob
 from services.inference.vectors import Vectors
@@ -35,8 +35,10 @@ def to_generate_job(request: pb.GenerateRequest) -> GenerateJob:
     top_p = request.top_p if request.HasField("top_p") else 1.0
     if not 0 < top_p <= 1:
         raise InvalidInput("top_p", f"{top_p}, but must be above 0 and at most 1")
-    if request.HasField("top_k") and request.top_k < 1:
-        raise InvalidInput("top_k", f"{request.top_k}, but must be 1 or more; leave it out for no limit")
+    if request.HasField("top_k") and not 1 <= request.top_k <= MAX_TOP_K:
+        raise InvalidInput(
+            "top_k", f"{request.top_k}, but must be 1 to {MAX_TOP_K}; leave it out for no limit"
+        )
     if len(request.stop) > MAX_STOPS:
         raise InvalidInput("stop", f"{len(request.stop)} strings, but at most {MAX_STOPS} are allowed")
     for index, stop in enumerate(request.stop):

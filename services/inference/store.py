@@ -30,7 +30,6 @@ class Store:
         """The local folder of an artifact, complete and verified now. Files that are there already and
         intact are kept, so that an interrupted fetch goes on where it stopped. Raises ArtifactRefused."""
         folder = self._root / sha256
-        folder.mkdir(parents=True, exist_ok=True)
         self._ensure(uri, folder, MANIFEST, sha256)
         try:
             manifest = Manifest.read(folder)

@@ -17,6 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 import lingqu
 from bench.suite import Suite
+from lingqu.publishing import Artifact, Publisher
 from lingqu.registry.v1 import models_pb2
 from pipeline.bundled import TEXT_MODEL, VECTOR_MODEL
 from pipeline.package import Package
@@ -80,6 +81,45 @@ def test_vectors_over_the_protocol(
     vectors = answer.as_numpy("embedding")
     assert vectors.shape == (2, 384)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+async def test_a_request_the_model_cannot_compute_harms_nobody_elses(
+    suite: Suite, client: triton.InferenceServerClient, headers: dict[str, str]
+) -> None:
+    """All of these share batches with good requests."""
+
+    def embed(**values: Any) -> None:
+        inputs = []
+        for name, value in values.items():
+            inputs.append(triton.InferInput(name, list(np.shape(value)), "INT64"))
+            inputs[-1].set_data_from_numpy(np.array(value, np.int64))
+        with pytest.raises(InferenceServerException) as caught:
+            client.infer(VECTOR_MODEL, inputs, headers=headers)
+        assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+    bad: list[tuple[Any, Any]] = [
+        ([[2**63 - 1, 102]], [[1, 1]]),
+        ([[-1, 102]], [[1, 1]]),
+        ([[30522, 102]], [[1, 1]]),
+        (np.ones((1, 257)), np.ones((1, 257))),
+        (np.ones((1, 3)), np.ones((1, 9))),
+        (np.ones((1, 0)), np.ones((1, 0))),
+    ]
+    done = asyncio.Event()
+    answered: list[int] = []
+
+    async def innocent() -> None:
+        async with lingqu.Client(suite.public, suite.key) as own:
+            while not done.is_set():
+                answered.append(len((await own.embed(VECTOR_MODEL, ["a good text"])).embeddings))
+
+    bystanders = [asyncio.create_task(innocent()) for _ in range(3)]
+    for _ in range(5):
+        for ids, mask in bad:
+            await asyncio.to_thread(embed, input_ids=ids, attention_mask=mask)
+    done.set()
+    await asyncio.gather(*bystanders)
+    assert len(answered) > 10
 
 
 def test_the_server_and_its_models_describe_themselves(
@@ -313,7 +353,11 @@ async def test_a_corrupt_artifact_is_refused_and_never_loaded(suite: Suite, tmp_
     package = made(tmp_path, 77)
     (package.folder / "model.py").write_text("raise SystemExit('ran code that nobody signed for')\n")
     with pytest.raises(lingqu.publishing.PublishFailed, match=r"model\.py is corrupt"):
-        await suite.publish("corrupt", package.folder)
+        await suite.publish("corrupt", package.folder)  # found before anything is registered
+    whole = Artifact(package.uri, package.sha256, package.size_bytes, "tensor", "python")
+    async with grpc.aio.insecure_channel(suite.layout.address(8082)) as channel:
+        with pytest.raises(lingqu.publishing.PublishFailed, match=r"model\.py is corrupt"):
+            await Publisher(channel).publish("corrupt", whole, traffic=True, timeout_s=30, tell=print)
     with triton.InferenceServerClient(suite.triton) as direct:
         index = direct.get_model_repository_index()
     assert "corrupt" not in {model.name for model in index.models}

@@ -132,6 +132,21 @@ async def test_bad_input_names_its_field(suite: Suite, fields: dict[str, Any], f
     assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
 
 
+@pytest.mark.parametrize("tail", [b"\x12\x03\xff\xfe\xfd", b"\xff\xff\xff\xff", b"\x12\x7f"])
+async def test_what_is_no_message_is_refused_as_such(suite: Suite, tail: bytes) -> None:
+    raw = pb.GenerateRequest(model=TEXT_MODEL).SerializeToString() + tail
+    metadata = (("authorization", f"Bearer {suite.key}"),)
+    service = "/lingqu.inference.v1.InferenceService"
+    async with grpc.aio.insecure_channel(suite.public) as channel:
+        stream: Any = channel.unary_stream(f"{service}/StreamGenerate")(raw, metadata=metadata, timeout=10)
+        unary: Any = channel.unary_unary(f"{service}/Generate")(raw, metadata=metadata, timeout=10)
+        for answer in (unary, stream.read()):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await answer
+            error = lingqu.LingquError(caught.value)
+            assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "request")
+
+
 async def test_an_unknown_model_is_not_found_by_name(suite: Suite) -> None:
     error = await refused(suite, model="gpt-9")
     assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
@@ -160,6 +175,14 @@ async def test_without_a_good_key_nothing_is_answered(suite: Suite) -> None:
     good = jwt.encode(claims, private, algorithm="EdDSA")
     async with lingqu.Client(suite.public, good) as client:
         assert (await client.generate(TEXT_MODEL, "hello", max_tokens=1)).usage.completion_tokens == 1
+
+
+async def test_the_scheme_may_be_written_small(suite: Suite) -> None:
+    async with grpc.aio.insecure_channel(suite.public) as channel:
+        request = pb.GenerateRequest(model=TEXT_MODEL, prompt="hello", max_tokens=1)
+        metadata = (("authorization", f"bearer {suite.key}"),)
+        answer = await InferenceServiceStub(channel).Generate(request, metadata=metadata, timeout=10)
+        assert answer.model_version
 
 
 async def test_no_header_of_a_client_chooses_version_or_model(suite: Suite) -> None:

@@ -34,6 +34,7 @@ def request(**fields: Any) -> pb.GenerateRequest:
         ({"top_p": 1.01}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
         ({"top_k": 0}, "top_k"),
+        ({"top_k": 2**31 - 1}, "top_k"),
         ({"stop": ["x"] * 9}, "stop"),
         ({"stop": [""]}, "stop[0]"),
         ({"stop": ["ok", "x" * 257]}, "stop[1]"),

@@ -67,9 +67,6 @@ class Pipeline:
         for sequence in self.sequences:
             sequence.advance()
 
-    def has_non_finished_requests(self) -> bool:
-        return True
-
 
 class Sink:
     def __init__(self) -> None:

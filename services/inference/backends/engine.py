@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 MAX_PENDING = 1024
+MAX_TOP_K = 1_000_000  # more than any vocabulary
 IDLE_POLL_S = 0.2  # how soon a sink that gave up is noticed while nothing is computed
 
 
@@ -36,7 +37,6 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field: the engine itself would only say that it cannot go on."""
@@ -47,7 +47,7 @@ class Sampling:
             "max_tokens: 1 or more": self.max_tokens >= 1,
             "temperature: 0 to 2": 0 <= self.temperature <= 2,
             "top_p: above 0, at most 1": 0 < self.top_p <= 1,
-            "top_k: 0 or more": self.top_k >= 0,
+            f"top_k: 0 to {MAX_TOP_K}": 0 <= self.top_k <= MAX_TOP_K,
             "seed: 0 to 2^64 - 1": 0 <= self.seed < 2**64,
         }
         for rule, holds in rules.items():
@@ -99,7 +99,6 @@ class Pipeline(Protocol):
     """The part of ContinuousBatchingPipeline that is used."""
 
     def step(self) -> None: ...
-    def has_non_finished_requests(self) -> bool: ...
 
 
 @dataclass(slots=True)

@@ -66,11 +66,11 @@ class TritonPythonModel:
                     self._on_plain(request, sender)
                 else:
                     self._on_command(wire.load(tensor.as_numpy().reshape(-1)[0]), sender)
-            except ValueError as err:
+            except (ValueError, RecursionError) as err:
                 sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(err))), flags=FINAL)
 
     def _on_command(self, command: wire.Command, sender: Any) -> None:
-        if not hmac.compare_digest(command.secret, self._secret):
+        if not hmac.compare_digest(command.secret.encode(errors="replace"), self._secret.encode()):
             raise ValueError('"session" is for the inference service: send "text_input"')
         if command.op == "open":
             self._sessions = {name: sink for name, sink in self._sessions.items() if not sink.gone()}
@@ -128,7 +128,6 @@ class TritonPythonModel:
         config = og.GenerationConfig()
         config.max_new_tokens = sampling.max_tokens
         config.stop_token_ids = set(self._spec.eos_token_ids)
-        config.ignore_eos = sampling.ignore_eos
         config.do_sample = sampling.temperature > 0
         if config.do_sample:
             config.temperature = sampling.temperature

@@ -15,6 +15,12 @@ import triton_python_backend_utils as pb_utils
 from services.inference.artifact import Manifest
 from services.inference.backends.spans import VectorSpans
 
+# Tokens, padding included, of one run of the graph: 16 texts of 256 tokens.
+MAX_RUN_TOKENS = 4096
+
+Block = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""input_ids and attention_mask of a request, INT64 [texts, tokens]."""
+
 
 class TritonPythonModel:
     """Triton's interface: initialize, execute, finalize."""
@@ -40,33 +46,51 @@ class TritonPythonModel:
         self._spans.close()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One run for all requests: rows are padded to the longest and given back to their owners."""
+        """Requests of all callers in few runs: rows are padded to the longest of their run and given back to
+        their owners. A request that the model cannot compute is refused alone."""
+        responses: list[Any] = [None] * len(requests)
+        blocks: dict[int, Block] = {}
+        for index, request in enumerate(requests):
+            try:
+                blocks[index] = self._block(request)
+            except ValueError as err:
+                error = pb_utils.TritonError(str(err), pb_utils.TritonError.INVALID_ARG)
+                responses[index] = pb_utils.InferenceResponse(error=error)
         with self._spans.batch([request.parameters() for request in requests]):
-            ids = [_input(request, "input_ids") for request in requests]
-            masks = [_input(request, "attention_mask") for request in requests]
-            (vectors,) = self._session.run(
-                ["embedding"], {"input_ids": _stacked(ids), "attention_mask": _stacked(masks)}
-            )
-        responses, row = [], 0
-        for block in ids:
-            part = vectors[row : row + len(block)]
-            row += len(block)
-            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("embedding", part)]))
+            for index, vectors in self._embedded(blocks).items():
+                responses[index] = pb_utils.InferenceResponse([pb_utils.Tensor("embedding", vectors)])
         return responses
+
+    def _block(self, request: Any) -> Block:
+        """The request's rows. Raises ValueError for what would fail, and with it all others of its run."""
+        ids, mask = _input(request, "input_ids"), _input(request, "attention_mask")
+        if ids.shape != mask.shape:
+            raise ValueError(f"attention_mask: its shape {mask.shape} is not that of input_ids, {ids.shape}")
+        if not 1 <= ids.shape[1] <= self._spec.max_tokens:
+            raise ValueError(f"input_ids: {ids.shape[1]} tokens, but 1 to {self._spec.max_tokens} are read")
+        if ids.min() < 0 or ids.max() >= self._spec.vocabulary:
+            raise ValueError(f"input_ids: token ids are 0 to {self._spec.vocabulary - 1}")
+        return ids, mask
+
+    def _embedded(self, blocks: dict[int, Block]) -> dict[int, npt.NDArray[np.float32]]:
+        """Vectors by request. Runs are bounded in tokens, so that memory is, and hold rows of like length."""
+        rows = [(index, row) for index, (ids, _) in blocks.items() for row in range(len(ids))]
+        rows.sort(key=lambda at: blocks[at[0]][0].shape[1])
+        found = {i: np.empty((len(ids), self._spec.dimensions), np.float32) for i, (ids, _) in blocks.items()}
+        while rows:
+            size = max(1, MAX_RUN_TOKENS // blocks[rows[min(len(rows), MAX_RUN_TOKENS) - 1][0]][0].shape[1])
+            run, rows = rows[:size], rows[size:]
+            width = blocks[run[-1][0]][0].shape[1]
+            ids, mask = np.zeros((len(run), width), np.int64), np.zeros((len(run), width), np.int64)
+            for at, (index, row) in enumerate(run):
+                length = blocks[index][0].shape[1]
+                ids[at, :length], mask[at, :length] = (part[row] for part in blocks[index])
+            (vectors,) = self._session.run(["embedding"], {"input_ids": ids, "attention_mask": mask})
+            for at, (index, row) in enumerate(run):
+                found[index][row] = vectors[at]
+        return found
 
 
 def _input(request: Any, name: str) -> npt.NDArray[np.int64]:
     block: npt.NDArray[np.int64] = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
     return block
-
-
-def _stacked(blocks: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """Blocks [n_i, tokens_i] as one [sum of n_i, longest], padded with zeros, which the mask hides."""
-    if len(blocks) == 1:
-        return blocks[0]
-    padded = np.zeros((sum(len(b) for b in blocks), max(b.shape[1] for b in blocks)), np.int64)
-    row = 0
-    for block in blocks:
-        padded[row : row + len(block), : block.shape[1]] = block
-        row += len(block)
-    return padded
