@@ -113,14 +113,15 @@ class Tracing(Layer):
             return
         metadata = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
         service, _, rpc = method.lstrip("/").partition("/")
+        caller = extract(metadata)
         span = self._tracer.start_span(
             method.lstrip("/"),
-            extract(metadata),
+            caller,
             SpanKind.SERVER,
             {"rpc.system": "grpc", "rpc.service": service, "rpc.method": rpc},
         )
         # Never detached: every call has a task, and with it a context, of its own.
-        otel_context.attach(trace.set_span_in_context(span, extract(metadata)))
+        otel_context.attach(trace.set_span_in_context(span, caller))
         try:
             yield
         finally:

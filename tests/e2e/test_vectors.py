@@ -48,6 +48,16 @@ async def test_more_texts_than_a_batch_keep_their_order(suite: Suite) -> None:
             assert float(np.dot(one.values, many.embeddings[n].values)) > 0.9999
 
 
+async def test_long_texts_are_computed_in_several_runs(suite: Suite) -> None:
+    """Twenty of 256 tokens are more than one run of the graph takes."""
+    texts = [f"number {n} " + "long " * 300 for n in range(20)]
+    async with lingqu.Client(suite.public, suite.key) as client:
+        many = await client.embed(VECTOR_MODEL, texts)
+        for n in (0, 19):
+            (one,) = (await client.embed(VECTOR_MODEL, [texts[n]])).embeddings
+            assert float(np.dot(one.values, many.embeddings[n].values)) > 0.9999
+
+
 @pytest.mark.parametrize(
     ("inputs", "field"), [([], "inputs"), (["ok", ""], "inputs[1]"), (["x"] * 2049, "inputs")]
 )

@@ -75,12 +75,12 @@ class TritonPythonModel:
     def _embedded(self, blocks: dict[int, Block]) -> dict[int, npt.NDArray[np.float32]]:
         """Vectors by request. Runs are bounded in tokens, so that memory is, and hold rows of like length."""
         rows = [(index, row) for index, (ids, _) in blocks.items() for row in range(len(ids))]
-        rows.sort(key=lambda at: blocks[at[0]][0].shape[1])
+        rows.sort(key=lambda at: blocks[at[0]][0].shape[1], reverse=True)
         found = {i: np.empty((len(ids), self._spec.dimensions), np.float32) for i, (ids, _) in blocks.items()}
         while rows:
-            size = max(1, MAX_RUN_TOKENS // blocks[rows[min(len(rows), MAX_RUN_TOKENS) - 1][0]][0].shape[1])
+            width = blocks[rows[0][0]][0].shape[1]  # the longest that is left
+            size = max(1, MAX_RUN_TOKENS // width)
             run, rows = rows[:size], rows[size:]
-            width = blocks[run[-1][0]][0].shape[1]
             ids, mask = np.zeros((len(run), width), np.int64), np.zeros((len(run), width), np.int64)
             for at, (index, row) in enumerate(run):
                 length = blocks[index][0].shape[1]
