@@ -112,7 +112,34 @@ class BackendUnavailable(LingquError):
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "BACKEND_UNAVAILABLE"
+    retry_after_s: float | None = 1.0
+
+
+class OutcomeUnknown(LingquError):
+    """A change was sent and never confirmed: it may have been made."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "OUTCOME_UNKNOWN"
     retry_after_s = 1.0
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"{why}; the outcome is unknown, and trying again with the same request id (if the call has one) "
+            "is safe"
+        )
+
+
+class StoreFull(LingquError):
+    """etcd has reached its space quota: it answers reads and deletes, and refuses to write."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "STORE_FULL"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "etcd's space quota is used up: compact its history (etcdctl compact), defragment each member "
+            "(etcdctl defrag), then disarm the alarm (etcdctl alarm disarm); reads go on meanwhile"
+        )
 
 
 class DeadlinePassed(LingquError):

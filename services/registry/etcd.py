@@ -7,22 +7,31 @@ Protocol: https://etcd.io/docs/v3.5/learning/api/
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from etcd3aio import _protobuf as pb
 
-from services.core.errors import BackendUnavailable, LeaseExpired, LingquError
-from services.core.lifecycle import CHANNEL_OPTIONS
+from services.core.backoff import Backoff
+from services.core.errors import BackendUnavailable, LeaseExpired, LingquError, OutcomeUnknown
+from services.registry.members import CALL_TIMEOUT_S, METADATA, Members
 
-CALL_TIMEOUT_S = 3.0
-_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+# A commit whose answer was lost is looked into for this long: an election takes one to two seconds.
+RESOLVE_S = 4.0
+# A watch asks for a sign of life this often, and is given up when none came for that long.
+PROGRESS_S = 1.0
+SILENCE_S = 4.0
 
 
 class CompactedError(Exception):
     """The revision asked for is gone from etcd's history: list again and watch from there."""
+
+
+class FutureRevisionError(Exception):
+    """The member has not seen the revision asked for: it lags, or the store was replaced by an older one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +46,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`record` is None when the key was deleted."""
+    """`record` is None when the key was deleted, at `revision`."""
 
     key: str
     record: Record | None
+    revision: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,58 +77,108 @@ class Unchanged:
 
 
 class Etcd:
-    """A client of one etcd. Every method raises BackendUnavailable while etcd cannot answer."""
+    """A client of one etcd with one or several members ("host:port,host:port").
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._kv: Any = pb.KVStub(self._channel)
-        self._lease: Any = pb.LeaseStub(self._channel)
-        self._watch: Any = pb.WatchStub(self._channel)
+    Every method raises BackendUnavailable (nothing was changed) while etcd cannot answer. Once no member
+    answers, writes fail at once until a `read` or a `watch` has found etcd again."""
+
+    def __init__(self, endpoints: str) -> None:
+        self.members = Members(endpoints)
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self.members.close()
 
-    async def read(self, prefix: str) -> tuple[list[Record], int]:
-        """All records under `prefix`, and the revision of that moment."""
+    async def read(self, prefix: str, timeout_s: float = CALL_TIMEOUT_S) -> tuple[list[Record], int]:
+        """All records under `prefix`, and the revision of that moment; never older than the last commit."""
         request = pb.RangeRequest(key=prefix.encode(), range_end=_after(prefix))
-        answer = await self._call(self._kv.Range, request)
+        answer = await self.members.call(
+            lambda member, timeout: member.kv.Range(request, timeout=timeout, metadata=METADATA),
+            repeatable=True,
+            probes=True,
+            timeout_s=timeout_s,
+        )
         return [_record(kv) for kv in answer.kvs], answer.header.revision
 
-    async def commit(self, puts: list[Put], only_if: list[Unchanged] | None = None) -> int:
+    async def commit(
+        self, puts: Sequence[Put], only_if: Sequence[Unchanged] = (), deletes: Sequence[str] = ()
+    ) -> int:
         """Write all or nothing; returns the revision, or 0 if a precondition did not hold.
 
-        Raises LeaseExpired if a lease of `puts` is gone."""
-        request = pb.TxnRequest(
-            compare=[
-                pb.Compare(
-                    key=c.key.encode(),
-                    target=pb.Compare.MOD,
-                    result=pb.Compare.EQUAL,
-                    mod_revision=c.mod_revision,
+        When the answer is lost, the transaction is sent again and its keys are read: a write of ours that
+        did go through is a success. Raises OutcomeUnknown where that cannot be told, LeaseExpired if a lease
+        of `puts` is gone, StoreFull."""
+        request = _transaction(puts, only_if, deletes)
+        deadline = time.monotonic() + CALL_TIMEOUT_S + RESOLVE_S
+        backoff = Backoff(0.05, 0.5)
+        lost: OutcomeUnknown | None = None
+        while True:
+            timeout_s = min(CALL_TIMEOUT_S, max(0.1, deadline - time.monotonic()))
+            try:
+                answer = await self.members.call(
+                    lambda member, timeout: member.kv.Txn(request, timeout=timeout, metadata=METADATA),
+                    repeatable=False,
+                    probes=lost is not None,
+                    timeout_s=timeout_s,
                 )
-                for c in only_if or ()
-            ],
-            success=[
-                pb.RequestOp(request_put=pb.PutRequest(key=p.key.encode(), value=p.value, lease=p.lease))
-                for p in puts
-            ],
-        )
-        answer = await self._call(self._kv.Txn, request)
-        return int(answer.header.revision) if answer.succeeded else 0
+            except (OutcomeUnknown, BackendUnavailable) as err:
+                if isinstance(err, OutcomeUnknown):
+                    lost = lost or err
+                if lost is None:
+                    raise
+                pause = backoff.delay()
+                if time.monotonic() + pause > deadline:
+                    self.members.away = True
+                    raise lost from err
+                await asyncio.sleep(pause)
+                continue
+            if answer.succeeded:
+                return int(answer.header.revision)
+            if lost is None:
+                return 0
+            if revision := _applied(answer, puts):
+                return revision
+            raise lost
 
     async def delete(self, key: str) -> int:
         """Delete a key, which need not exist; returns the revision."""
-        answer = await self._call(self._kv.DeleteRange, pb.DeleteRangeRequest(key=key.encode()))
-        return int(answer.header.revision)
+        return await self.commit([], deletes=[key])
 
-    async def grant(self, ttl_s: int) -> int:
-        answer = await self._call(self._lease.LeaseGrant, pb.LeaseGrantRequest(TTL=ttl_s))
+    async def grant(self, ttl_s: int, lease: int = 0) -> int:
+        """A new lease; with the id `lease` if one is given, and then that one if it lives already."""
+        request = pb.LeaseGrantRequest(TTL=ttl_s, ID=lease)
+        try:
+            answer = await self.members.call(
+                lambda member, timeout: member.lease.LeaseGrant(request, timeout=timeout, metadata=METADATA),
+                repeatable=True,  # one that is granted twice ends by itself
+            )
+        except LingquError as err:
+            if lease and "already exists" in str(err):
+                return lease
+            raise
         return int(answer.ID)
+
+    async def remaining(self, lease: int) -> int:
+        """Seconds until the lease ends; 0 or less if it is gone."""
+        request = pb.LeaseTimeToLiveRequest(ID=lease)
+        try:
+            answer = await self.members.call(
+                lambda member, timeout: member.lease.LeaseTimeToLive(
+                    request, timeout=timeout, metadata=METADATA
+                ),
+                repeatable=True,
+            )
+        except LeaseExpired:
+            return 0
+        return int(answer.TTL)
 
     async def revoke(self, lease: int) -> None:
         """End a lease and delete its keys. One that is gone already is no error."""
+        request = pb.LeaseRevokeRequest(ID=lease)
         try:
-            await self._call(self._lease.LeaseRevoke, pb.LeaseRevokeRequest(ID=lease))
+            await self.members.call(
+                lambda member, timeout: member.lease.LeaseRevoke(request, timeout=timeout, metadata=METADATA),
+                repeatable=True,
+            )
         except LeaseExpired:
             return
 
@@ -129,19 +189,24 @@ class Etcd:
             async for lease in leases:
                 yield pb.LeaseKeepAliveRequest(ID=lease)
 
-        call = self._lease.LeaseKeepAlive(requests())
+        member = self.members.current
+        call = member.lease.LeaseKeepAlive(requests(), metadata=METADATA)
         try:
             async for answer in call:
                 yield int(answer.ID), max(0, int(answer.TTL))
+            raise self.members.unavailable("etcd ended the renewal of leases")
         except grpc.aio.AioRpcError as err:
-            raise _translated(err) from err
+            self.members.leave(member)
+            raise self.members.translated(err) from err
         finally:
             call.cancel()
 
     async def watch(self, prefix: str, start_revision: int) -> AsyncGenerator[ChangeBatch, None]:
-        """Every change under `prefix` from `start_revision` on, each revision whole.
+        """Every change under `prefix` from `start_revision` on, each revision whole; at first an empty batch,
+        as soon as etcd has begun to watch.
 
-        Raises CompactedError if that revision is gone, BackendUnavailable when the connection is lost."""
+        Raises CompactedError if that revision is gone, FutureRevisionError if the member has not come as far
+        as the one before it, BackendUnavailable when the connection is lost or silent for SILENCE_S."""
         create = pb.WatchCreateRequest(
             key=prefix.encode(),
             range_end=_after(prefix),
@@ -152,43 +217,87 @@ class Etcd:
 
         async def requests() -> AsyncIterator[Any]:
             yield pb.WatchRequest(create_request=create)
-            await asyncio.Event().wait()  # closing our side would end the watch
+            while True:  # closing our side would end the watch
+                await asyncio.sleep(PROGRESS_S)
+                yield pb.WatchRequest(progress_request={})
 
-        call = self._watch.Watch(requests())
+        member = self.members.current
+        call = member.watch.Watch(requests(), metadata=METADATA)
         try:
-            async for answer in call:
+            while True:
+                async with asyncio.timeout(SILENCE_S):
+                    answer = await call.read()
+                if answer is grpc.aio.EOF:
+                    raise self.members.unavailable("etcd closed the watch")
                 if answer.compact_revision:
                     raise CompactedError(f"revision {start_revision} was compacted")
                 if answer.canceled:
-                    raise BackendUnavailable(f"etcd ended the watch: {answer.cancel_reason}")
+                    raise self.members.unavailable(f"etcd ended the watch: {answer.cancel_reason}")
+                self.members.away = False
                 if answer.created:
-                    continue
-                changes = tuple(
-                    Change(e.kv.key.decode(), None if e.type == e.DELETE else _record(e.kv))
-                    for e in answer.events
-                )
-                # The header has the store's revision, which events still on their way may not exceed.
-                newest = answer.events[-1].kv.mod_revision if answer.events else answer.header.revision
-                yield ChangeBatch(newest, changes)
-            raise BackendUnavailable("etcd closed the watch")
+                    if answer.header.revision < start_revision - 1:
+                        raise FutureRevisionError(f"{member.address} is at {answer.header.revision}")
+                    yield ChangeBatch(start_revision - 1, ())
+                elif batch := _batch(answer):
+                    yield batch
+        except TimeoutError as err:
+            self.members.leave(member)
+            raise self.members.unavailable(f"etcd was silent for {SILENCE_S:.0f} s") from err
         except grpc.aio.AioRpcError as err:
-            raise _translated(err) from err
+            self.members.leave(member)
+            raise self.members.translated(err) from err
         finally:
             call.cancel()
 
-    async def _call(self, method: Any, request: Any) -> Any:
-        try:
-            return await method(request, timeout=CALL_TIMEOUT_S)
-        except grpc.aio.AioRpcError as err:
-            raise _translated(err) from err
+
+def _batch(answer: Any) -> ChangeBatch | None:
+    """None for an answer to a progress request: etcd before 3.4.25 and 3.5.8 may send it ahead of events
+    that belong to its revision, so it says only that etcd lives."""
+    if answer.events:
+        changes = tuple(
+            Change(e.kv.key.decode(), None if e.type == e.DELETE else _record(e.kv), e.kv.mod_revision)
+            for e in answer.events
+        )
+        # The header has the store's revision, which events still on their way may not exceed.
+        return ChangeBatch(changes[-1].revision, changes)
+    return None if answer.watch_id < 0 else ChangeBatch(answer.header.revision, ())
 
 
-def _translated(err: grpc.aio.AioRpcError) -> Exception:
-    if err.code() == grpc.StatusCode.NOT_FOUND and "lease" in (err.details() or ""):
-        return LeaseExpired("the lease has expired; register again")
-    if err.code() in _AWAY:
-        return BackendUnavailable(f"etcd does not answer ({err.code().name}: {err.details()})")
-    return LingquError(f"etcd refuses ({err.code().name}: {err.details()})")
+def _transaction(puts: Sequence[Put], only_if: Sequence[Unchanged], deletes: Sequence[str]) -> Any:
+    """If a precondition fails, the answer has what the keys hold instead: first those of `puts`."""
+    return pb.TxnRequest(
+        compare=[
+            pb.Compare(
+                key=c.key.encode(),
+                target=pb.Compare.MOD,
+                result=pb.Compare.EQUAL,
+                mod_revision=c.mod_revision,
+            )
+            for c in only_if
+        ],
+        success=[
+            *(
+                pb.RequestOp(request_put=pb.PutRequest(key=p.key.encode(), value=p.value, lease=p.lease))
+                for p in puts
+            ),
+            *(pb.RequestOp(request_delete_range=pb.DeleteRangeRequest(key=key.encode())) for key in deletes),
+        ],
+        failure=[
+            pb.RequestOp(request_range=pb.RangeRequest(key=key.encode()))
+            for key in (*(p.key for p in puts), *deletes)
+        ],
+    )
+
+
+def _applied(answer: Any, puts: Sequence[Put]) -> int:
+    """The revision at which a refused transaction had been executed before, as its keys show; 0 if not."""
+    found = [op.response_range.kvs for op in answer.responses]
+    for put, kvs in zip(puts, found[: len(puts)], strict=True):
+        if not kvs or kvs[0].value != put.value or kvs[0].lease != put.lease:
+            return 0
+    if any(kvs for kvs in found[len(puts) :]):
+        return 0
+    return int(found[0][0].mod_revision) if puts else int(answer.header.revision)
 
 
 def _record(kv: Any) -> Record:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from services.core.backoff import Backoff
 from services.core.errors import BackendUnavailable, LingquError, SlowWatcher
-from services.registry.etcd import Change, ChangeBatch, CompactedError, Etcd, Record
+from services.registry.etcd import Change, ChangeBatch, CompactedError, Etcd, FutureRevisionError, Record
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Mirror:
         async with self._moved:
             await self._moved.wait_for(lambda: self._revision > 0)
             self._subscribers.add(subscriber)
-            first = tuple(Change(r.key, r) for r in self.under(prefix))
+            first = tuple(Change(r.key, r, r.mod_revision) for r in self.under(prefix))
             snapshot = ChangeBatch(self._revision, first)
         try:
             yield snapshot
@@ -101,7 +101,7 @@ class Mirror:
                         backoff.reset()
                         self._stale = False
                         await self._apply(batch)
-            except CompactedError as err:
+            except (CompactedError, FutureRevisionError) as err:
                 log.warning("%s; listing again", err)
                 await self._relist_quietly()
             except LingquError as err:
@@ -120,8 +120,12 @@ class Mirror:
     async def _relist(self) -> None:
         records, revision = await self._etcd.read(PREFIX)
         now = {record.key: record for record in records}
-        gone = [Change(key, None) for key in self._records if key not in now]
-        new = [Change(key, record) for key, record in now.items() if self._records.get(key) != record]
+        gone = [Change(key, None, revision) for key in self._records if key not in now]
+        new = [
+            Change(key, record, record.mod_revision)
+            for key, record in now.items()
+            if self._records.get(key) != record
+        ]
         await self._apply(ChangeBatch(revision, (*gone, *new)))
 
     async def _apply(self, batch: ChangeBatch) -> None:

@@ -134,6 +134,7 @@ async def test_a_watch_that_breaks_while_it_catches_up_misses_nothing(etcd_serve
     seen, start = 0, 1
     while seen < 1500:
         stream = etcd.watch(mirrors.PREFIX, start)
+        assert not (await asyncio.wait_for(anext(stream), 5)).changes
         batch = await asyncio.wait_for(anext(stream), 5)
         await stream.aclose()
         seen, start = seen + len(batch.changes), batch.revision + 1
