@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer
 
 from bench import suite as suites
@@ -16,6 +17,10 @@ from deploy.local.layout import Layout
 from deploy.local.part import Running
 from deploy.local.parts import etcd
 from pipeline.bundled import TEXT_MODEL, bundled
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("lingqu", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lingqu")
 
 ALL_PORTS = (at.PUBLIC, at.GATEWAY, at.REGISTRY, at.INFERENCE, at.TRITON_HTTP, at.TRITON_GRPC)
 ALL_PORTS += (at.TRITON_METRICS, at.ETCD, at.ETCD_PEER, at.ENVOY_ADMIN)

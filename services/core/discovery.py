@@ -38,11 +38,13 @@ class VersionKey:
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """A version on a replica; `state` is one of READY, LOADING, FAILED."""
+    """A version on a replica; `state` is one of READY, LOADING, FAILED. `will_retry`: a failure that the
+    replica tries to get over by itself."""
 
     key: VersionKey
     state: int
     detail: str = ""
+    will_retry: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Replica:
     service: str
     endpoints: Mapping[str, str] = field(default_factory=dict)
     models: tuple[Hosted, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +65,35 @@ class Version:
     sha256: str
     task: str
     runtime: str
+    offline: bool = False
+    """Retired or rejected: nobody loads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which replicas load a model's versions: those with `labels`, `replicas` of them (0: all)."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    replicas: int = 0
+    keep: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model; `traffic` and `previous` are version numbers, 0 for none."""
+    """A model; `weights` are (version, percent), `previous` and `shadow` version numbers, 0 for none."""
 
     name: str
     versions: tuple[Version, ...]
-    traffic: int
-    previous: int
+    weights: tuple[tuple[int, int], ...] = ()
+    previous: int = 0
+    shadow: int = 0
+    aliases: Mapping[str, int] = field(default_factory=dict)
+    placement: Placement = Placement()
+
+    @property
+    def traffic(self) -> int:
+        """The version with the largest share, the newer of two alike; 0 for none."""
+        return max(((percent, version) for version, percent in self.weights), default=(0, 0))[1]
 
 
 class _Update(Protocol):
@@ -155,11 +177,16 @@ class Registration:
         self._ttl_s = ttl_s
         self._dirty = asyncio.Event()
 
+    @property
+    def replica(self) -> Replica:
+        """As it is told to others."""
+        return self._replica
+
     def update(self, models: Iterable[Hosted]) -> None:
         now = tuple(models)
         if now != self._replica.models:
             old = self._replica
-            self._replica = Replica(old.id, old.service, old.endpoints, now)
+            self._replica = Replica(old.id, old.service, old.endpoints, now, old.labels)
             self._dirty.set()
 
     async def run(self) -> None:
@@ -210,8 +237,10 @@ class Registration:
 
 
 def to_replica(record: instances_pb2.Instance) -> Replica:
-    hosted = tuple(Hosted(VersionKey(m.model, m.version), m.state, m.detail) for m in record.models)
-    return Replica(record.id, record.service, dict(record.endpoints), hosted)
+    hosted = tuple(
+        Hosted(VersionKey(m.model, m.version), m.state, m.detail, m.will_retry) for m in record.models
+    )
+    return Replica(record.id, record.service, dict(record.endpoints), hosted, dict(record.labels))
 
 
 def to_instance(replica: Replica) -> instances_pb2.Instance:
@@ -219,12 +248,14 @@ def to_instance(replica: Replica) -> instances_pb2.Instance:
         id=replica.id,
         service=replica.service,
         endpoints=replica.endpoints,
+        labels=replica.labels,
         models=[
             instances_pb2.HostedModel(
                 model=h.key.model,
                 version=h.key.version,
                 state=instances_pb2.HostedState.ValueType(h.state),
                 detail=h.detail,
+                will_retry=h.will_retry,
             )
             for h in replica.models
         ],
@@ -233,7 +264,23 @@ def to_instance(replica: Replica) -> instances_pb2.Instance:
 
 def to_model(record: models_pb2.Model) -> Model:
     versions = tuple(
-        Version(VersionKey(record.name, v.version), v.artifact.uri, v.artifact.sha256, v.task, v.runtime)
+        Version(
+            VersionKey(record.name, v.version),
+            v.artifact.uri,
+            v.artifact.sha256,
+            v.task,
+            v.runtime,
+            v.stage in (models_pb2.STAGE_RETIRED, models_pb2.STAGE_REJECTED),
+        )
         for v in record.versions
     )
-    return Model(record.name, versions, record.traffic_version, record.previous_version)
+    placement = record.placement
+    return Model(
+        record.name,
+        versions,
+        tuple((w.version, w.percent) for w in record.traffic.weights),
+        record.previous_version,
+        record.traffic.shadow_version,
+        dict(record.traffic.aliases),
+        Placement(dict(placement.labels), placement.replicas, tuple(placement.keep)),
+    )

@@ -71,6 +71,52 @@ class NotReady(LingquError):
     reason = "NOT_READY"
 
 
+class WrongStage(NotReady):
+    """A version's stage does not allow it."""
+
+    reason = "WRONG_STAGE"
+
+
+class BelowThreshold(NotReady):
+    """An evaluation figure is not what the model's policy asks."""
+
+    reason = "BELOW_THRESHOLD"
+
+
+class TooSoon(NotReady):
+    """The model's policy wants more time between two releases."""
+
+    reason = "TOO_SOON"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RolloutRunning(NotReady):
+    """A rollout of the model is in progress; it has to end first."""
+
+    reason = "ROLLOUT_RUNNING"
+
+
+class NothingToRollBack(NotReady):
+    """The model has had no other traffic before."""
+
+    reason = "NOTHING_TO_ROLL_BACK"
+
+
+class Occupied(NotReady):
+    """There is something already that is not replaced without being told."""
+
+    reason = "OCCUPIED"
+
+
+class Restoring(NotReady):
+    """A restore is in progress, or was interrupted and has to be repeated."""
+
+    reason = "RESTORING"
+
+
 class Unauthenticated(LingquError):
     code = grpc.StatusCode.UNAUTHENTICATED
     reason = "UNAUTHENTICATED"

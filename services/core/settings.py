@@ -6,8 +6,8 @@ import re
 import sys
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _ADDRESS = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})$")
 
@@ -20,6 +20,26 @@ def _address(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_address)]
+
+
+def _addresses(value: str) -> str:
+    return ",".join(_address(part.strip()) for part in value.split(","))
+
+
+Addresses = Annotated[str, AfterValidator(_addresses)]
+"""One or several, separated by commas."""
+
+
+def _labels(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if any(not key.strip() or not sign for key, sign, _ in pairs):
+        raise ValueError(f'"{value}" is not like "zone=a,gpu=l4"')
+    return {key.strip(): found.strip() for key, _, found in pairs}
+
+
+Labels = Annotated[dict[str, str], NoDecode, BeforeValidator(_labels)]
 
 
 class Settings(BaseSettings):

@@ -14,7 +14,7 @@ ADS = {"ads": {}, "resource_api_version": "V3"}
 
 
 def backends(target: Target) -> dict[str, tuple[str, ...]]:
-    """Clusters of a model's traffic version with their endpoints; tensor models have no text API."""
+    """Clusters of a version with traffic, with their endpoints; tensor models have no text API."""
     suffix = f"{target.model}/{target.version}"
     found = {f"tensor/{suffix}": target.tensor_endpoints}
     if target.task != "tensor":

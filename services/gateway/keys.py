@@ -13,12 +13,10 @@ import jwt
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from services.core.errors import InvalidInput, Unauthenticated
+from services.core.errors import InvalidInput
 from services.core.files import write_secret
+from services.core.identity import ADMIN, AUDIENCE, ISSUER, Caller, identify
 
-ISSUER = "lingqu"
-AUDIENCE = "lingqu"
-ADMIN = "admin"
 TTL_DEFAULT_S = 30 * 86400
 TTL_MAX_S = 366 * 86400
 
@@ -32,14 +30,6 @@ class Minted:
     key: str
     key_id: str
     expires: int
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Whom a key belongs to."""
-
-    client: str
-    admin: bool
 
 
 class KeyRing:
@@ -89,21 +79,7 @@ class KeyRing:
 
     def caller(self, authorization: str) -> Caller:
         """Who sends this `authorization` value. Raises Unauthenticated."""
-        scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not token:
-            raise Unauthenticated("a key is needed: authorization: Bearer <key>")
-        try:
-            claims = jwt.decode(
-                token,
-                self._public,
-                algorithms=["EdDSA"],
-                audience=AUDIENCE,
-                issuer=ISSUER,
-                options={"require": ["exp", "sub"]},
-            )
-        except jwt.InvalidTokenError as err:
-            raise Unauthenticated(f"the key is not valid: {err}") from err
-        return Caller(str(claims["sub"]), ADMIN in str(claims.get("scope", "")).split())
+        return identify(authorization, [self._public])
 
     def jwks(self) -> dict[str, object]:
         """The public half, as a JSON Web Key Set."""

@@ -16,10 +16,10 @@ from services.core.errors import (
     Unauthenticated,
     to_rpc_status,
 )
+from services.core.identity import AUDIENCE, ISSUER
 from services.gateway import replies
 from services.gateway.clusters import ADS, TRACES, socket_address
 from services.gateway.descriptors import descriptor_set, extractions
-from services.gateway.keys import AUDIENCE, ISSUER
 from services.gateway.routes import MODEL_HEADER, OPEN_PREFIXES, ROUTES, VERSION_HEADER
 
 LISTENER = "public"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from services.core.errors import InvalidInput, LingquError, Unimplemented
@@ -34,10 +35,12 @@ def routes(view: View) -> dict[str, Any]:
     by_model: dict[str, dict[str, Any]] = {service: {} for service in (TEXT_SERVICE, TENSOR_SERVICE)}
     for service, known in by_model.items():
         known["<invalid>"] = _action(_local_reply(invalid))
-        for target in view.targets:
-            cluster = f"{'text' if service == TEXT_SERVICE else 'tensor'}/{target.model}/{target.version}"
-            if cluster in backends(target):
-                known[target.model] = _action(_model_route(service, cluster, target))
+        for name, targets in itertools.groupby(view.targets, key=lambda target: target.model):
+            kind = "text" if service == TEXT_SERVICE else "tensor"
+            able = [(t, f"{kind}/{name}/{t.version}") for t in targets]
+            shares = [(_model_route(service, c, t), t.percent) for t, c in able if c in backends(t)]
+            if shares:
+                known[name] = _split(shares)
     # routing.lua answers for models that are unknown; what names no model is no method of ours.
     elsewhere = _local_reply(Unimplemented("there is no such method on this port"))
     elsewhere["metadata"] = {"filter_metadata": {LUA: {"unknown": True}}}
@@ -71,6 +74,21 @@ def _tree(header: str, kind: str, branches: dict[str, Any]) -> dict[str, Any]:
 def _action(route: dict[str, Any]) -> dict[str, Any]:
     config = {"@type": "type.googleapis.com/envoy.config.route.v3.Route", "match": {"prefix": "/"}, **route}
     return {"action": {"name": "route", "typed_config": config}}
+
+
+def _split(shares: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
+    """One route, or a list in which each takes its share of what comes. A request draws one random number,
+    which every route compares with the sum of the shares up to its own."""
+    if len(shares) == 1:
+        return _action(shares[0][0])
+    total, upto, routes = sum(percent for _, percent in shares), 0, []
+    for route, percent in shares:
+        upto += percent
+        drawn = {"numerator": round(1_000_000 * upto / total), "denominator": "MILLION"}
+        match = {"prefix": "/", "runtime_fraction": {"default_value": drawn}}
+        routes.append({**route, "match": match})
+    config = {"@type": "type.googleapis.com/envoy.config.route.v3.RouteList", "routes": routes}
+    return {"action": {"name": "split", "typed_config": config}}
 
 
 def _model_route(service: str, cluster: str, target: Target) -> dict[str, Any]:

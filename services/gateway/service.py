@@ -48,6 +48,7 @@ class Gateway(GatewayServiceServicer):
                 pb.ModelRoute(
                     model=target.model,
                     version=target.version,
+                    percent=target.percent,
                     text_endpoints=target.text_endpoints,
                     tensor_endpoints=target.tensor_endpoints,
                 )

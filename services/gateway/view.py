@@ -10,8 +10,8 @@ from services.core.discovery import READY, Model, Replica
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where one model's requests go. `pinned`: another version of it may be loaded in the same Tritons and
-    has the higher number, which Triton would take for a request that names no version."""
+    """Where a share of a model's requests goes. `pinned`: another version of it may be loaded in the same
+    Tritons and has the higher number, which Triton would take for a request that names no version."""
 
     model: str
     version: int
@@ -19,34 +19,41 @@ class Target:
     text_endpoints: tuple[str, ...]
     tensor_endpoints: tuple[str, ...]
     pinned: bool
+    percent: int = 100
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All targets, ordered by model, and every Triton there is."""
+    """All targets, ordered by model and version, and every Triton there is."""
 
     targets: tuple[Target, ...]
     tritons: tuple[str, ...]
 
 
 def view(replicas: Iterable[Replica], models: Iterable[Model]) -> View:
-    """A model without traffic has no target; one whose replicas are all away has one without endpoints."""
+    """A model without traffic has no target; one whose replicas are all away has some without endpoints."""
     alive = sorted(replicas, key=lambda r: r.id)
-    targets = []
+    targets: list[Target] = []
     for model in sorted(models, key=lambda m: m.name):
-        version = next((v for v in model.versions if v.key.version == model.traffic), None)
-        if version is None:
-            continue
-        ready = [r for r in alive if any(h.key == version.key and h.state == READY for h in r.models)]
-        targets.append(
-            Target(
-                model.name,
-                model.traffic,
-                version.task,
-                tuple(r.endpoints["grpc"] for r in ready if "grpc" in r.endpoints),
-                tuple(r.endpoints["oip"] for r in ready if "oip" in r.endpoints),
-                any(v.key.version > model.traffic for v in model.versions),
-            )
-        )
+        found = [_target(model, version, percent, alive) for version, percent in sorted(model.weights)]
+        known = [target for target in found if target is not None]
+        # A version whose replicas are all away leaves its share to the others.
+        targets += [t for t in known if t.text_endpoints or t.tensor_endpoints] or known
     tritons = tuple(r.endpoints["oip"] for r in alive if "oip" in r.endpoints)
     return View(tuple(targets), tritons)
+
+
+def _target(model: Model, number: int, percent: int, alive: list[Replica]) -> Target | None:
+    version = next((v for v in model.versions if v.key.version == number), None)
+    if version is None:
+        return None
+    ready = [r for r in alive if any(h.key == version.key and h.state == READY for h in r.models)]
+    return Target(
+        model.name,
+        number,
+        version.task,
+        tuple(r.endpoints["grpc"] for r in ready if "grpc" in r.endpoints),
+        tuple(r.endpoints["oip"] for r in ready if "oip" in r.endpoints),
+        any(v.key.version > number for v in model.versions),
+        percent,
+    )

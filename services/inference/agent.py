@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.core.discovery import FAILED, LOADING, READY, Hosted, Model, Version, VersionKey
+from services.core.discovery import FAILED, LOADING, READY, Hosted, Version, VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
 from services.inference import golden
 from services.inference.artifact import Manifest
-from services.inference.placement import desired
 from services.inference.repository import Repository
 from services.inference.session import Session
 from services.inference.store import ArtifactRefused, ArtifactUnreachable, Store
@@ -77,12 +76,12 @@ class Agent:
         self._tidy = False
         self.served: dict[VersionKey, Served] = {}
 
-    async def run(self, models: Callable[[], Iterable[Model]], changed: asyncio.Event) -> None:
-        """Reconcile at every change and twice a second, for ever."""
+    async def run(self, wanted: Callable[[], list[Version]], changed: asyncio.Event) -> None:
+        """Make `wanted` so, at every change and twice a second, for ever."""
         while True:
             changed.clear()
             try:
-                await self._reconcile(desired(models()))
+                await self._reconcile(wanted())
             except LingquError as err:
                 log.warning("Triton: %s", err)
             try:
@@ -163,10 +162,11 @@ class Agent:
         except Exception as err:  # whatever is wrong with one version must not harm the others
             unexpected = not isinstance(err, EXPECTED)
             log.error("%s refused: %s", key, _short(err), exc_info=unexpected)  # noqa: TRY400
-            if isinstance(err, ArtifactUnreachable | OSError):
+            again = isinstance(err, ArtifactUnreachable | OSError)
+            if again:
                 self._retry_at[key] = time.monotonic() + RETRY_S
             await self._withdraw(key)
-            self._set(Hosted(key, FAILED, _short(err)))
+            self._set(Hosted(key, FAILED, _short(err), again))
         else:
             self.served[key] = model
             self._set(Hosted(key, READY))

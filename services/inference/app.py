@@ -8,15 +8,17 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import grpc
+from pydantic import Field
 
 from lingqu.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
-from services.core.discovery import Model, Registration, Registry, Replica, Watched
+from services.core.discovery import Model, Registration, Registry, Replica, Version, Watched
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
-from services.core.settings import Address, Settings
+from services.core.settings import Address, Labels, Settings
 from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.inference.agent import Agent, Limits
+from services.inference.placement import desired
 from services.inference.repository import Repository
 from services.inference.routing import Routing
 from services.inference.service import Inference
@@ -33,6 +35,8 @@ class InferenceSettings(Settings):
     triton: Address = "127.0.0.1:8001"
     registry: Address = "127.0.0.1:8082"
     instance_ttl_s: int = 10
+    labels: Labels = Field(default_factory=dict)
+    """Of this replica, "zone=a,gpu=l4": placements choose by them."""
     artifacts: Path = Path(".lingqu/artifacts")
     """Folder of verified copies of artifacts."""
     model_repository: Path = Path(".lingqu/triton/models")
@@ -53,11 +57,15 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
 
         address = cfg.inference_address or cfg.inference_listen
         replica = Replica(
-            f"inference-{address.replace(':', '-')}", "inference", {"grpc": address, "oip": cfg.triton}
+            f"inference-{address.replace(':', '-')}",
+            "inference",
+            {"grpc": address, "oip": cfg.triton},
+            labels=cfg.labels,
         )
         registration = Registration(registry, replica, cfg.instance_ttl_s)
         changed = asyncio.Event()
         models = registry.watched_models(changed)
+        replicas = registry.watched_replicas("inference", changed)
         parameters = {
             "kv_cache_gib": str(cfg.kv_cache_gib),
             "max_sequences": str(cfg.max_sequences),
@@ -71,7 +79,8 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             registration.update,
         )
         stack.push_async_callback(agent.close)
-        await stack.enter_async_context(background(models.run(), _follow(agent, models, changed)))
+        follow = _follow(agent, models, replicas, registration, changed)
+        await stack.enter_async_context(background(models.run(), replicas.run(), follow))
 
         server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
         routing = Routing(lambda: models.items if models.synced.is_set() else None, agent.served)
@@ -83,7 +92,17 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         yield
 
 
-async def _follow(agent: Agent, models: Watched[Model], changed: asyncio.Event) -> None:
+async def _follow(
+    agent: Agent,
+    models: Watched[Model],
+    replicas: Watched[Replica],
+    registration: Registration,
+    changed: asyncio.Event,
+) -> None:
     """Act only on what the registry has said: an unknown state is not an empty one."""
-    await models.synced.wait()
-    await agent.run(lambda: models.items.values(), changed)
+    await asyncio.gather(models.synced.wait(), replicas.synced.wait())
+
+    def wanted() -> list[Version]:
+        return desired(models.items.values(), registration.replica, replicas.items.values())
+
+    await agent.run(wanted, changed)

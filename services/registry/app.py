@@ -1,29 +1,51 @@
-"""Puts the registry together: etcd, its mirror, the two services, the server."""
+"""Puts the registry together: etcd, its mirror, the services, the leader's work, the server."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import grpc
 
-from lingqu.registry.v1 import instances_pb2_grpc, models_pb2_grpc
+from lingqu.registry.v1 import (
+    access_pb2_grpc,
+    backups_pb2_grpc,
+    instances_pb2_grpc,
+    models_pb2_grpc,
+    rollouts_pb2_grpc,
+)
+from services.core.identity import Callers
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
-from services.core.settings import Address, Settings
+from services.core.settings import Address, Addresses, Settings
 from services.core.tasks import background
 from services.core.telemetry import tracing
+from services.registry.access import Access
+from services.registry.backups import Backups
+from services.registry.catalog import Catalog
+from services.registry.commits import Commits
+from services.registry.conductor import Conductor
 from services.registry.etcd import Etcd
 from services.registry.instances import Instances
+from services.registry.leader import Leadership
 from services.registry.mirror import Mirror
 from services.registry.models import Models
+from services.registry.releases import Releases
+from services.registry.rollout_service import Rollouts
+from services.registry.steward import Steward
 
-SERVICES = ("lingqu.registry.v1.RegistryService", "lingqu.registry.v1.ModelService")
+SERVICES = tuple(
+    f"lingqu.registry.v1.{name}Service" for name in ("Registry", "Model", "Rollout", "Access", "Backup")
+)
 
 
 class RegistrySettings(Settings):
     registry_listen: Address = "127.0.0.1:8082"
-    etcd: Address = "127.0.0.1:2379"
+    etcd: Addresses = "127.0.0.1:2379"
+    jwks: Path | None = None
+    """File with the gateway's public keys, so that callers are known by their API keys; unset: nobody is."""
 
 
 @asynccontextmanager
@@ -33,10 +55,22 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         etcd = Etcd(cfg.etcd)
         stack.push_async_callback(etcd.close)
         mirror = Mirror(etcd)
+        catalog, commits, callers = Catalog(mirror), Commits(etcd, mirror), Callers(cfg.jwks)
+        releases = Releases(catalog, commits)
+        conductor = Conductor(catalog, commits, releases)
+        leadership = Leadership(etcd, mirror, f"{cfg.registry_listen}/{uuid.uuid4().hex[:8]}")
+        steward = Steward(mirror, catalog, commits, conductor, leadership)
+        models = Models(mirror, catalog, commits, releases, conductor, callers, trusted=None)
+
         server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
         instances_pb2_grpc.add_RegistryServiceServicer_to_server(Instances(etcd, mirror), server)
-        models_pb2_grpc.add_ModelServiceServicer_to_server(Models(etcd, mirror), server)
+        models_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
+        rollouts = Rollouts(catalog, conductor, callers)
+        rollouts_pb2_grpc.add_RolloutServiceServicer_to_server(rollouts, server)
+        access_pb2_grpc.add_AccessServiceServicer_to_server(Access(mirror, commits), server)
+        backups_pb2_grpc.add_BackupServiceServicer_to_server(Backups(etcd, mirror), server)
         await stack.enter_async_context(background(mirror.run()))
         await mirror.synced()
+        await stack.enter_async_context(background(leadership.run(), steward.run()))
         await stack.enter_async_context(serving(server, cfg.registry_listen, SERVICES, cfg.grace_s))
         yield

@@ -47,6 +47,10 @@ class Mirror:
         return self._revision
 
     @property
+    def store_id(self) -> str:
+        return ""
+
+    @property
     def stale(self) -> bool:
         return self._stale
 
@@ -64,6 +68,14 @@ class Mirror:
                 await self._moved.wait_for(lambda: self._revision >= revision)
         except TimeoutError as err:
             raise BackendUnavailable(f"etcd's revision {revision} has not arrived yet") from err
+
+    async def moved_from(self, revision: int, timeout_s: float) -> None:
+        """Wait until the copy is newer than `revision`, but no longer than `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s), self._moved:
+                await self._moved.wait_for(lambda: self._revision > revision)
+        except TimeoutError:
+            return
 
     async def synced(self) -> None:
         """Wait until etcd was read for the first time: before that nothing is known, not even nothing."""

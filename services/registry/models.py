@@ -1,97 +1,195 @@
-"""`ModelService`: immutable versions of models, and which of them takes the traffic."""
+"""`ModelService`: immutable versions of models, their stages, releases, policies and placement."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator
+from typing import Protocol
 
-from lingqu.registry.v1 import instances_pb2
 from lingqu.registry.v1 import models_pb2 as pb
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceServicer
-from services.core.errors import Conflict, InvalidInput, NotFound, NotReady
+from services.core.errors import Conflict, InvalidInput, NotReady
+from services.core.identity import Callers
 from services.core.interceptors import Context
-from services.registry import validation
-from services.registry.etcd import Etcd, Put, Unchanged
-from services.registry.instances import INSTANCES
-from services.registry.mirror import PREFIX, Mirror
+from services.registry import keyspace, policies, stages, traffic, validation
+from services.registry.catalog import Catalog, merge, precedence
+from services.registry.commits import Commits
+from services.registry.conductor import Conductor
+from services.registry.etcd import Put, Unchanged
+from services.registry.keyspace import MODELS
+from services.registry.mirror import Mirror
+from services.registry.releases import NOTHING, Asked, Releases
 
-MODELS = f"{PREFIX}models/"
 CREATE_TRIES = 16
+REQUEST_TTL_S = 86_400
+
+
+class Signatures(Protocol):
+    """Who may sign artifacts."""
+
+    def verify(self, model: str, sha256: str, signature: bytes, signer: str) -> None:
+        """Raises ValueError, saying what is wrong."""
 
 
 class Models(ModelServiceServicer):
-    """Keys, all under MODELS: `<model>/versions/<8 digits>`, `<model>/requests/<request id>` (the number of
-    the version that request created) and `<model>/traffic` (a Model with its two traffic fields only)."""
-
-    def __init__(self, etcd: Etcd, mirror: Mirror) -> None:
-        self._etcd = etcd
+    def __init__(
+        self,
+        mirror: Mirror,
+        catalog: Catalog,
+        commits: Commits,
+        releases: Releases,
+        conductor: Conductor,
+        callers: Callers,
+        trusted: Signatures | None,
+    ) -> None:
         self._mirror = mirror
+        self._catalog = catalog
+        self._commits = commits
+        self._releases = releases
+        self._conductor = conductor
+        self._callers = callers
+        self._trusted = trusted
 
     async def CreateModelVersion(
         self, request: pb.CreateModelVersionRequest, context: Context
     ) -> pb.CreateModelVersionResponse:
         if not request.HasField("version"):
             raise InvalidInput("version", "is required")
+        caller = self._callers.of(context.invocation_metadata())
         version = pb.ModelVersion()
         version.CopyFrom(validation.version(request.version))
         self._check_task(version)
-        request_key = f"{MODELS}{version.model}/requests/{validation.request_id(request.request_id)}"
+        self._check_signature(version)
+        for name in ("stage", "stage_detail", "stage_time"):
+            version.ClearField(name)
+        version.creator = caller.client
+        name = version.model
+        request_key = keyspace.model(name, "requests", validation.request_id(request.request_id))
         for _ in range(CREATE_TRIES):
             if request.request_id and (done := self._mirror.get(request_key)):
-                return pb.CreateModelVersionResponse(version=self._version(version.model, int(done.value)))
-            version.version = 1 + self._newest(version.model)
+                return pb.CreateModelVersionResponse(version=self._catalog.version(name, int(done.value)))
+            version.version = 1 + self._catalog.newest(name)
             version.create_time.GetCurrentTime()
-            key = _version_key(version.model, version.version)
-            puts = [Put(key, version.SerializeToString())]
-            unchanged = [Unchanged(key, 0)]
+            key = keyspace.version(name, version.version)
+            puts, only_if = [Put(key, version.SerializeToString())], [Unchanged(key, 0)]
             if request.request_id:
-                puts.append(Put(request_key, str(version.version).encode()))
-                unchanged.append(Unchanged(request_key, 0))
-            if revision := await self._etcd.commit(puts, only_if=unchanged):
-                await self._mirror.reached(revision)
-                return pb.CreateModelVersionResponse(version=version)
-            # Somebody else took the number: wait until our copy has it, and take the next.
-            _, now = await self._etcd.read(key)
-            await self._mirror.reached(now)
-        raise Conflict(f'versions of "{version.model}" are being created too fast; try again')
+                lease = await self._commits.lease(REQUEST_TTL_S)
+                puts.append(Put(request_key, str(version.version).encode(), lease))
+                only_if.append(Unchanged(request_key, 0))
+            try:
+                await self._commits.commit(puts, only_if)
+            except Conflict:  # somebody else took the number: take the next once our copy has theirs
+                await self._commits.caught_up()
+            else:
+                return pb.CreateModelVersionResponse(version=self._catalog.version(name, version.version))
+        raise Conflict(f'versions of "{name}" are being created too fast; try again')
 
     async def GetModelVersion(
         self, request: pb.GetModelVersionRequest, context: Context
     ) -> pb.GetModelVersionResponse:
-        validation.model_name("model", request.model)
-        return pb.GetModelVersionResponse(version=self._version(request.model, request.version))
+        name = validation.model_name("model", request.model)
+        return pb.GetModelVersionResponse(
+            version=self._catalog.version(name, request.version),
+            replicas=[
+                pb.VersionReplica(instance=instance, state=held.state, detail=held.detail)
+                for instance, held in self._catalog.hosting(name, request.version)
+            ],
+        )
 
     async def ListModelVersions(
         self, request: pb.ListModelVersionsRequest, context: Context
     ) -> pb.ListModelVersionsResponse:
         if request.model:
             validation.model_name("model", request.model)
-        prefix = f"{MODELS}{request.model}/" if request.model else MODELS
-        names = [name for name, _ in itertools.groupby(_model_of(r.key) for r in self._mirror.under(prefix))]
         return pb.ListModelVersionsResponse(
-            models=[self._model(name) for name in names],
+            models=self._catalog.models(request.model),
             revision=self._mirror.revision,
             stale=self._mirror.stale,
         )
 
     async def SetTraffic(self, request: pb.SetTrafficRequest, context: Context) -> pb.SetTrafficResponse:
-        validation.model_name("model", request.model)
-        self._version(request.model, request.version)
-        ready, reasons = self._readiness(request.model, request.version)
-        if not ready:
-            why = "; ".join(reasons) or "no live replica has loaded it yet"
-            raise NotReady(f'version {request.version} of "{request.model}" is not ready: {why}')
-        key = f"{MODELS}{request.model}/traffic"
-        known = self._mirror.get(key)
-        before = pb.Model.FromString(known.value) if known else pb.Model()
-        if before.traffic_version != request.version:
-            after = pb.Model(traffic_version=request.version, previous_version=before.traffic_version)
-            only_if = [Unchanged(key, known.mod_revision if known else 0)]
-            revision = await self._etcd.commit([Put(key, after.SerializeToString())], only_if=only_if)
-            if not revision:
-                raise Conflict(f'the traffic of "{request.model}" was changed by somebody else; look again')
-            await self._mirror.reached(revision)
-        return pb.SetTrafficResponse(model=self._model(request.model))
+        weights = validation.weights(request)
+        asked = self._asked(pb.RELEASE_KIND_SET_TRAFFIC, request, context)
+        model = self._catalog.model(validation.model_name("model", request.model))
+        after = traffic.split(model, weights, request.shadow_version)
+        return pb.SetTrafficResponse(model=await self._release(model, after, asked))
+
+    async def PromoteModelVersion(
+        self, request: pb.PromoteModelVersionRequest, context: Context
+    ) -> pb.PromoteModelVersionResponse:
+        asked = self._asked(pb.RELEASE_KIND_PROMOTE, request, context)
+        model = self._catalog.model(validation.model_name("model", request.model))
+        self._catalog.version(model.name, request.version)
+        after = traffic.all_to(model, request.version)
+        return pb.PromoteModelVersionResponse(model=await self._release(model, after, asked))
+
+    async def RollbackModel(
+        self, request: pb.RollbackModelRequest, context: Context
+    ) -> pb.RollbackModelResponse:
+        asked = self._asked(pb.RELEASE_KIND_ROLLBACK, request, context)
+        model = self._catalog.model(validation.model_name("model", request.model))
+        if self._releases.repeated(model, asked):
+            return pb.RollbackModelResponse(model=model)
+        policies.check_releaser(model, asked.caller, "roll back")
+        state = traffic.back(model, self._releases.history(model.name))
+        self._releases.admissible(model, state.traffic, gate=False, needed=1)
+        settled = self._conductor.settled(model, asked.caller)
+        return pb.RollbackModelResponse(model=await self._releases.carry_out(model, state, asked, settled))
+
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
+        alias = validation.alias(request.alias)
+        asked = self._asked(pb.RELEASE_KIND_ALIAS, request, context)
+        model = self._catalog.model(validation.model_name("model", request.model))
+        if self._releases.repeated(model, asked):
+            return pb.SetAliasResponse(model=model)
+        policies.check_releaser(model, asked.caller, "name versions of")
+        after = traffic.named(model, alias, request.version)
+        if after == model.traffic:
+            return pb.SetAliasResponse(model=model)
+        self._releases.admissible(model, after, gate=False, needed=1)
+        state = traffic.aside(model, after)
+        return pb.SetAliasResponse(model=await self._releases.carry_out(model, state, asked, NOTHING))
+
+    async def ListReleases(
+        self, request: pb.ListReleasesRequest, context: Context
+    ) -> pb.ListReleasesResponse:
+        model = self._catalog.model(validation.model_name("model", request.model))
+        limit = validation.within("limit", request.limit or 100, 1, 1000)
+        return pb.ListReleasesResponse(releases=self._catalog.releases(model.name, limit))
+
+    async def SetPolicy(self, request: pb.SetPolicyRequest, context: Context) -> pb.SetPolicyResponse:
+        policy = validation.policy(request.policy)
+        caller = self._callers.of(context.invocation_metadata())
+        model = self._catalog.model(validation.model_name("model", request.model))
+        if not caller.admin:
+            policies.check_releaser(model, caller, "change the policy of")
+        await self._replace(keyspace.model(model.name, "policy"), policy)
+        return pb.SetPolicyResponse(model=self._catalog.model(model.name))
+
+    async def SetPlacement(
+        self, request: pb.SetPlacementRequest, context: Context
+    ) -> pb.SetPlacementResponse:
+        placement = validation.placement(request.placement)
+        model = self._catalog.model(validation.model_name("model", request.model))
+        for number in placement.keep:
+            self._catalog.version(model.name, number)
+        await self._replace(keyspace.model(model.name, "placement"), placement)
+        return pb.SetPlacementResponse(model=self._catalog.model(model.name))
+
+    async def RetireModelVersion(
+        self, request: pb.RetireModelVersionRequest, context: Context
+    ) -> pb.RetireModelVersionResponse:
+        model = self._catalog.model(validation.model_name("model", request.model))
+        named = [name for name, number in model.traffic.aliases.items() if number == request.version]
+        if named:
+            raise NotReady(f'version {request.version} is "{named[0]}"; move the name first')
+        version = await self._restage(request, stages.RETIRED, context)
+        return pb.RetireModelVersionResponse(version=version)
+
+    async def RestoreModelVersion(
+        self, request: pb.RestoreModelVersionRequest, context: Context
+    ) -> pb.RestoreModelVersionResponse:
+        version = await self._restage(request, stages.REGISTERED, context)
+        return pb.RestoreModelVersionResponse(version=version)
 
     async def WatchModels(
         self, request: pb.WatchModelsRequest, context: Context
@@ -100,10 +198,13 @@ class Models(ModelServiceServicer):
         snapshot = True
         async for batch in self._mirror.follow(MODELS):
             touched: dict[str, None] = {}
-            for change in batch.changes:
-                name = _model_of(change.key)
+            for change in sorted(batch.changes, key=lambda c: precedence(c.key)):
+                name = keyspace.model_of(change.key)
                 model = models.setdefault(name, pb.Model(name=name))
-                if _merge(model, change.key, change.record.value if change.record else None):
+                value, revision = (
+                    (change.record.value, change.record.mod_revision) if change.record else (None, 0)
+                )
+                if merge(model, change.key, value, revision):
                     touched[name] = None
             removed = [name for name in touched if not models[name].versions]
             for name in removed:
@@ -115,64 +216,71 @@ class Models(ModelServiceServicer):
                 )
             snapshot = False
 
-    def _model(self, name: str) -> pb.Model:
-        model = pb.Model(name=name)
-        for record in self._mirror.under(f"{MODELS}{name}/"):
-            _merge(model, record.key, record.value)
-        return model
+    def _asked(
+        self,
+        kind: pb.ReleaseKind.ValueType,
+        request: pb.SetTrafficRequest
+        | pb.PromoteModelVersionRequest
+        | pb.RollbackModelRequest
+        | pb.SetAliasRequest,
+        context: Context,
+    ) -> Asked:
+        return Asked(
+            kind,
+            self._callers.of(context.invocation_metadata()),
+            validation.reason(request.reason),
+            validation.request_id(request.request_id),
+            request.expected_revision,
+        )
 
-    def _version(self, model: str, number: int) -> pb.ModelVersion:
-        record = self._mirror.get(_version_key(model, number))
-        if record is None:
-            raise NotFound(f'model "{model}" has no version {number}')
-        return pb.ModelVersion.FromString(record.value)
+    async def _release(self, model: pb.Model, after: pb.Traffic, asked: Asked) -> pb.Model:
+        """A release as the policy governs it. Nothing to change is no release."""
+        if self._releases.repeated(model, asked):
+            return model
+        policies.check_releaser(model, asked.caller, "release")
+        self._conductor.check_idle(model)
+        self._releases.admissible(model, after, gate=True)
+        if after == model.traffic and model.HasField("traffic"):
+            return model
+        pace = await self._releases.pace(model)
+        settled = self._conductor.settled(model, asked.caller)
+        return await self._releases.carry_out(model, traffic.forward(model, after), asked, pace, settled)
+
+    async def _replace(self, key: str, value: pb.Policy | pb.Placement) -> None:
+        unchanged = self._commits.unchanged(key)
+        if value.ByteSize():
+            await self._commits.commit([Put(key, value.SerializeToString())], unchanged)
+        else:
+            await self._commits.commit([], unchanged, [key])
+
+    async def _restage(
+        self,
+        request: pb.RetireModelVersionRequest | pb.RestoreModelVersionRequest,
+        to: stages.Stage,
+        context: Context,
+    ) -> pb.ModelVersion:
+        name = validation.model_name("model", request.model)
+        caller = self._callers.of(context.invocation_metadata())
+        model, version = self._catalog.model(name), self._catalog.version(name, request.version)
+        policies.check_releaser(model, caller, "retire or restore versions of")
+        if version.stage != to:
+            stages.check(version, to)
+            key = keyspace.stage(name, request.version)
+            record = stages.record(to, validation.reason(request.reason))
+            only_if = self._commits.unchanged(key, keyspace.model(name, "traffic"))
+            await self._commits.commit([Put(key, record.SerializeToString())], only_if)
+        return self._catalog.version(name, request.version)
 
     def _check_task(self, version: pb.ModelVersion) -> None:
         """Versions of one model are exchangeable, so all do the same task."""
-        for record in self._mirror.under(f"{MODELS}{version.model}/versions/"):
+        for record in self._mirror.under(keyspace.model(version.model, "versions/")):
             if (task := pb.ModelVersion.FromString(record.value).task) != version.task:
                 raise InvalidInput("version.task", f'the versions of "{version.model}" are for "{task}"')
 
-    def _newest(self, model: str) -> int:
-        versions = self._mirror.under(f"{MODELS}{model}/versions/")
-        return int(versions[-1].key.rpartition("/")[2]) if versions else 0
-
-    def _readiness(self, model: str, version: int) -> tuple[bool, list[str]]:
-        """Whether a live replica has the version ready, and what the others say."""
-        ready, reasons = False, []
-        for record in self._mirror.under(INSTANCES):
-            instance = instances_pb2.Instance.FromString(record.value)
-            for hosted in instance.models:
-                if (hosted.model, hosted.version) != (model, version):
-                    continue
-                if hosted.state == instances_pb2.HOSTED_STATE_READY:
-                    ready = True
-                elif hosted.state == instances_pb2.HOSTED_STATE_FAILED:
-                    reasons.append(f"{instance.id}: {hosted.detail}")
-        return ready, reasons
-
-
-def _merge(model: pb.Model, key: str, value: bytes | None) -> bool:
-    """Fold one record into `model`; False if the record does not show in it."""
-    kind, _, rest = key.removeprefix(f"{MODELS}{model.name}/").partition("/")
-    if kind == "traffic":
-        traffic = pb.Model.FromString(value or b"")
-        model.traffic_version = traffic.traffic_version
-        model.previous_version = traffic.previous_version
-    elif kind == "versions":
-        kept = [v for v in model.versions if v.version != int(rest)]
-        if value is not None:
-            kept.append(pb.ModelVersion.FromString(value))
-        del model.versions[:]
-        model.versions.extend(sorted(kept, key=lambda v: v.version))
-    else:
-        return False
-    return True
-
-
-def _model_of(key: str) -> str:
-    return key.removeprefix(MODELS).partition("/")[0]
-
-
-def _version_key(model: str, number: int) -> str:
-    return f"{MODELS}{model}/versions/{number:08d}"
+    def _check_signature(self, version: pb.ModelVersion) -> None:
+        if self._trusted is not None:
+            artifact = version.artifact
+            try:
+                self._trusted.verify(version.model, artifact.sha256, artifact.signature, artifact.signer)
+            except ValueError as err:
+                raise InvalidInput("version.artifact.signature", str(err)) from err

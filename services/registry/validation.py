@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
+from collections.abc import Iterable, Mapping
 
 from google.protobuf.duration_pb2 import Duration
 
-from lingqu.registry.v1 import instances_pb2, models_pb2
+from lingqu.registry.v1 import access_pb2, instances_pb2, models_pb2, rollouts_pb2
 from services.core.errors import InvalidInput
 
 TASKS = ("generate", "embed", "tensor")
@@ -16,12 +18,21 @@ MAX_LABELS = 32
 MAX_MODELS = 1024
 MAX_URI = 2048
 MAX_DETAIL = 1024
+MAX_FIGURES = 32
+MAX_PATTERNS = 100
+MAX_STEPS = 20
+MAX_WAIT_S = 7 * 86_400
 TTL_DEFAULT_S = 10
 TTL_RANGE_S = (1, 600)
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _INSTANCE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{0,64}")
+_ALIAS = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_CLIENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_PATTERN = re.compile(r"[A-Za-z0-9._@*-]{1,64}")
+_DATATYPE = re.compile(r"[A-Z][A-Z0-9]{1,15}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -83,7 +94,183 @@ def version(value: models_pb2.ModelVersion) -> models_pb2.ModelVersion:
     if value.runtime not in RUNTIMES:
         raise InvalidInput("version.runtime", f"one of {', '.join(RUNTIMES)} is needed")
     _labels("version.labels", value.labels)
+    if len(value.artifact.signature) not in (0, 64):
+        raise InvalidInput("version.artifact.signature", "64 bytes of Ed25519, or nothing, are needed")
+    _text("version.requirements.engine", value.requirements.engine, 256)
+    _text("version.requirements.fingerprint", value.requirements.fingerprint, 256)
+    for kind, tensors in (("inputs", value.signature.inputs), ("outputs", value.signature.outputs)):
+        _tensors(f"version.signature.{kind}", tensors)
+    figures("version.evaluation", value.evaluation)
+    for name in ("parent", "training_run", "source"):
+        _text(f"version.lineage.{name}", getattr(value.lineage, name), 256)
+    if value.lineage.data_sha256 and not _SHA256.fullmatch(value.lineage.data_sha256):
+        raise InvalidInput("version.lineage.data_sha256", "64 lower-case hexadecimal digits are needed")
     return value
+
+
+def _tensors(field: str, tensors: Iterable[models_pb2.TensorSignature]) -> None:
+    for index, tensor in enumerate(tensors):
+        if index >= MAX_LABELS:
+            raise InvalidInput(field, f"at most {MAX_LABELS} tensors")
+        if not 0 < len(tensor.name) <= 128:
+            raise InvalidInput(f"{field}[{index}].name", "1 to 128 characters are needed")
+        if not _DATATYPE.fullmatch(tensor.datatype):
+            raise InvalidInput(f"{field}[{index}].datatype", "one like FP32, INT64 or BYTES is needed")
+        if len(tensor.shape) > 16 or any(size < -1 for size in tensor.shape):
+            raise InvalidInput(f"{field}[{index}].shape", "at most 16 dimensions, -1 where variable")
+
+
+def figures(field: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Figures by name. NaN is let through where it was measured: no threshold and no guard accepts it."""
+    if len(values) > MAX_FIGURES:
+        raise InvalidInput(field, f"at most {MAX_FIGURES} figures")
+    for name in values:
+        if not 0 < len(name) <= 63:
+            raise InvalidInput(f"{field}[{name[:63]}]", "names have 1 to 63 characters")
+    return dict(values)
+
+
+def weights(request: models_pb2.SetTrafficRequest) -> dict[int, int]:
+    """Percent by version."""
+    if request.offline:
+        if request.version or request.weights or request.shadow_version:
+            raise InvalidInput("offline", "goes with no version, weights or shadow_version")
+        return {}
+    if request.version and request.weights:
+        raise InvalidInput("weights", "give either version or weights")
+    if request.version:
+        return {request.version: 100}
+    if not request.weights:
+        raise InvalidInput("weights", "are required: shares that add up to 100 (or version, or offline)")
+    found: dict[int, int] = {}
+    for index, weight in enumerate(request.weights):
+        if weight.version in found:
+            raise InvalidInput(f"weights[{index}].version", f"version {weight.version} is there twice")
+        if not 1 <= weight.percent <= 100:
+            raise InvalidInput(f"weights[{index}].percent", "1 to 100 is needed")
+        found[weight.version] = weight.percent
+    if (total := sum(found.values())) != 100:
+        raise InvalidInput("weights", f"they add up to {total}, not to 100")
+    if request.shadow_version in found:
+        raise InvalidInput("shadow_version", "a version cannot shadow itself")
+    return found
+
+
+def policy(value: models_pb2.Policy) -> models_pb2.Policy:
+    if value.min_ready_replicas > 1000:
+        raise InvalidInput("policy.min_ready_replicas", "at most 1,000")
+    _seconds("policy.min_release_interval", value.min_release_interval, 366 * 86_400)
+    if len(value.thresholds) > MAX_FIGURES:
+        raise InvalidInput("policy.thresholds", f"at most {MAX_FIGURES}")
+    for index, threshold in enumerate(value.thresholds):
+        _bounds(f"policy.thresholds[{index}]", threshold)
+    patterns("policy.releasers", value.releasers)
+    return value
+
+
+def placement(value: models_pb2.Placement) -> models_pb2.Placement:
+    _labels("placement.labels", value.labels)
+    if len(value.keep) > 100:
+        raise InvalidInput("placement.keep", "at most 100 versions")
+    return value
+
+
+def plan(value: rollouts_pb2.RolloutPlan) -> rollouts_pb2.RolloutPlan:
+    if not 1 <= len(value.steps) <= MAX_STEPS:
+        raise InvalidInput("plan.steps", f"1 to {MAX_STEPS} steps are needed")
+    before = 0
+    for index, step in enumerate(value.steps):
+        if not before < step.percent < 100:
+            raise InvalidInput(
+                f"plan.steps[{index}].percent", "1 to 99 and more than the step before is needed"
+            )
+        before = step.percent
+        _seconds(f"plan.steps[{index}].wait", step.wait, MAX_WAIT_S)
+    if len(value.guards) > MAX_FIGURES:
+        raise InvalidInput("plan.guards", f"at most {MAX_FIGURES}")
+    for index, guard in enumerate(value.guards):
+        _bounds(f"plan.guards[{index}]", guard)
+    _seconds("plan.verdict_timeout", value.verdict_timeout, MAX_WAIT_S)
+    return value
+
+
+def _bounds(field: str, value: models_pb2.Threshold | rollouts_pb2.Guard) -> None:
+    if not 0 < len(value.metric) <= 63:
+        raise InvalidInput(f"{field}.metric", "1 to 63 characters are needed")
+    if not value.HasField("min") and not value.HasField("max"):
+        raise InvalidInput(f"{field}.min", "min, max or both are needed")
+    for name in ("min", "max"):
+        if math.isnan(getattr(value, name)):
+            raise InvalidInput(f"{field}.{name}", "a number is needed")
+    if value.HasField("min") and value.HasField("max") and value.min > value.max:
+        raise InvalidInput(f"{field}.min", "is above max: nothing could satisfy it")
+
+
+def client(value: access_pb2.Client) -> access_pb2.Client:
+    client_name("client.name", value.name)
+    patterns("client.models", value.models)
+    if len(value.model_limits) > MAX_PATTERNS:
+        raise InvalidInput("client.model_limits", f"at most {MAX_PATTERNS}")
+    for index, limit in enumerate(value.model_limits):
+        _pattern(f"client.model_limits[{index}].models", limit.models)
+    _labels("client.labels", value.labels)
+    return value
+
+
+def client_name(field: str, value: str) -> str:
+    if not _CLIENT.fullmatch(value):
+        raise InvalidInput(
+            field,
+            "1 to 64 letters, digits, '.', '_', '@' and '-', starting with a letter or digit, are needed",
+        )
+    return value
+
+
+def key_id(value: str) -> str:
+    if not _KEY_ID.fullmatch(value):
+        raise InvalidInput("key_id", "1 to 64 letters, digits, '_' and '-' are needed; not the key itself")
+    return value
+
+
+def alias(value: str) -> str:
+    if not _ALIAS.fullmatch(value):
+        raise InvalidInput(
+            "alias", "1 to 32 lower-case letters, digits and '-', starting with a letter, are needed"
+        )
+    return value
+
+
+def reason(value: str) -> str:
+    return _text("reason", value, MAX_DETAIL)
+
+
+def patterns(field: str, values: Iterable[str]) -> None:
+    for index, value in enumerate(values):
+        if index >= MAX_PATTERNS:
+            raise InvalidInput(field, f"at most {MAX_PATTERNS}")
+        _pattern(f"{field}[{index}]", value)
+
+
+def _pattern(field: str, value: str) -> None:
+    if not _PATTERN.fullmatch(value):
+        raise InvalidInput(field, "a name in which '*' may stand for any text is needed")
+
+
+def within(field: str, value: int, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise InvalidInput(field, f"{low} to {high} is needed")
+    return value
+
+
+def _text(field: str, value: str, most: int) -> str:
+    if len(value) > most:
+        raise InvalidInput(field, f"at most {most} characters")
+    return value
+
+
+def _seconds(field: str, value: Duration, most: int) -> None:
+    if value.nanos or not 0 <= value.seconds <= most:
+        raise InvalidInput(field, f"whole seconds, 0 to {most}, are needed")
 
 
 def request_id(value: str) -> str:

@@ -11,7 +11,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from services.core.errors import InvalidInput, Unauthenticated
-from services.gateway.keys import AUDIENCE, ISSUER, TTL_MAX_S, KeyRing
+from services.core.identity import AUDIENCE, ISSUER
+from services.gateway.keys import TTL_MAX_S, KeyRing
 
 
 @pytest.fixture

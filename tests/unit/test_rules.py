@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from deploy.local.ports import taken
 from services.core import errors
-from services.core.discovery import Model, Version, VersionKey
+from services.core.discovery import Model, Replica, Version, VersionKey
 from services.core.interceptors import InFlightLimit, StatusMapper, Tracing, server_stack
 from services.core.settings import load
 from services.inference.backends import wire
@@ -20,12 +20,14 @@ from services.inference.backends.engine import Job, Sampling
 from services.inference.placement import desired
 from services.registry.app import RegistrySettings
 
+ME = Replica("me", "inference")
+
 
 def model(count: int, traffic: int, previous: int) -> Model:
     versions = tuple(
         Version(VersionKey("m", n), "file:///x", "0", "tensor", "python") for n in range(1, count + 1)
     )
-    return Model("m", versions, traffic, previous)
+    return Model("m", versions, ((traffic, 100),) if traffic else (), previous)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,7 @@ def model(count: int, traffic: int, previous: int) -> Model:
 def test_wanted_are_the_traffic_the_newest_and_the_way_back(
     count: int, traffic: int, previous: int, wanted: list[int]
 ) -> None:
-    assert [v.key.version for v in desired([model(count, traffic, previous)])] == wanted
+    assert [v.key.version for v in desired([model(count, traffic, previous)], ME, [])] == wanted
 
 
 samplings = st.builds(

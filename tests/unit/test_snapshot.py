@@ -37,7 +37,9 @@ def registries(draw: st.DrawFn) -> tuple[list[Replica], list[Model]]:
         versions = tuple(
             Version(VersionKey(name, n), "file:///x", "0", task, "python") for n in range(1, count + 1)
         )
-        models.append(Model(name, versions, draw(st.integers(0, count)), 0))
+        weighted = draw(st.lists(st.integers(1, count), unique=True, max_size=3))
+        shares = {0: (), 1: (100,), 2: (90, 10), 3: (50, 30, 20)}[len(weighted)]
+        models.append(Model(name, versions, tuple(zip(weighted, shares, strict=True))))
     replicas = []
     for number in range(draw(st.integers(0, 3))):
         hosted = tuple(
@@ -55,6 +57,8 @@ def routes_of(made: Snapshot) -> list[dict[str, Any]]:
         if isinstance(node, dict):
             if node.get("@type", "").endswith("route.v3.Route"):
                 yield node
+            if node.get("@type", "").endswith("route.v3.RouteList"):
+                yield from node["routes"]
             for value in node.values():
                 yield from walk(value)
 
@@ -77,21 +81,22 @@ def test_every_route_has_its_cluster_and_every_cluster_its_endpoints(
 
 @settings(deadline=None)
 @given(registries())
-def test_only_ready_replicas_of_the_traffic_version_get_requests(
+def test_only_ready_replicas_of_versions_with_traffic_get_requests(
     state: tuple[list[Replica], list[Model]],
 ) -> None:
     replicas, models = state
-    targets = {target.model: target for target in view(replicas, models).targets}
-    for model in models:
-        if not model.traffic:
-            assert model.name not in targets
-            continue
-        able = [
-            r.endpoints["oip"]
-            for r in replicas
-            if Hosted(VersionKey(model.name, model.traffic), READY) in r.models
-        ]
-        assert sorted(targets[model.name].tensor_endpoints) == sorted(able)
+    targets = {(t.model, t.version): t for t in view(replicas, models).targets}
+    weighted = {(m.name, version): percent for m in models for version, percent in m.weights}
+    able = {
+        key: sorted(r.endpoints["oip"] for r in replicas if Hosted(VersionKey(*key), READY) in r.models)
+        for key in weighted
+    }
+    for key, target in targets.items():
+        assert target.percent == weighted[key]
+        assert sorted(target.tensor_endpoints) == able[key]
+    for model, version in weighted.keys() - targets.keys():  # it left its share to those that can answer
+        assert not able[model, version]
+        assert any(able[key] for key in targets if key[0] == model)
 
 
 @settings(deadline=None)
@@ -107,7 +112,7 @@ def test_the_order_of_the_registry_does_not_matter(state: tuple[list[Replica], l
 def test_a_newer_version_without_traffic_pins_tensor_requests_to_the_one_that_has_it() -> None:
     versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "tensor", "python") for n in (1, 2))
     for traffic, pin in ((1, "1"), (2, None)):
-        made = snapshot(view([], [Model("m", versions, traffic, 0)]), ENTRY)
+        made = snapshot(view([], [Model("m", versions, ((traffic, 100),))]), ENTRY)
         route = next(
             r for r in routes_of(made) if r.get("route", {}).get("cluster", "").startswith("tensor/m")
         )
@@ -115,9 +120,20 @@ def test_a_newer_version_without_traffic_pins_tensor_requests_to_the_one_that_ha
         assert lua.get("pin") == pin
 
 
+def test_a_split_compares_one_random_number_with_growing_sums() -> None:
+    versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "tensor", "python") for n in (1, 2, 3))
+    made = snapshot(view([], [Model("m", versions, ((1, 50), (2, 30), (3, 20)))]), ENTRY)
+    shares = [
+        (r["route"]["cluster"], r["match"]["runtime_fraction"]["default_value"]["numerator"])
+        for r in routes_of(made)
+        if "runtime_fraction" in r["match"]
+    ]
+    assert shares == [("tensor/m/1", 500_000), ("tensor/m/2", 800_000), ("tensor/m/3", 1_000_000)]
+
+
 def test_endpoints_alone_change_when_a_replica_comes() -> None:
     version = Version(VersionKey("m", 1), "file:///x", "0", "embed", "onnxruntime")
-    models = [Model("m", (version,), 1, 0)]
+    models = [Model("m", (version,), ((1, 100),))]
     replica = Replica(
         "r", "inference", {"grpc": "10.0.0.1:1", "oip": "10.0.0.1:2"}, (Hosted(version.key, READY),)
     )
@@ -127,12 +143,14 @@ def test_endpoints_alone_change_when_a_replica_comes() -> None:
     assert before.versions[xds.ENDPOINTS] != after.versions[xds.ENDPOINTS]
 
 
-@pytest.mark.parametrize("traces", ["", "127.0.0.1:4317"])
-def test_envoy_accepts_a_snapshot(tmp_path: Path, traces: str) -> None:
+@pytest.mark.parametrize(
+    ("traces", "weights"), [("", ((1, 100),)), ("127.0.0.1:4317", ((1, 100),)), ("", ((1, 90), (2, 10)))]
+)
+def test_envoy_accepts_a_snapshot(tmp_path: Path, traces: str, weights: tuple[tuple[int, int], ...]) -> None:
     """`envoy --mode validate`, with the snapshot as a static configuration."""
     versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "generate", "x") for n in (1, 2))
     entry = Entry("127.0.0.1:0", "127.0.0.1:1", KeyRing.at(tmp_path / "key.pem").jwks(), traces)
-    made = snapshot(view([], [Model("m", versions, 1, 0)]), entry)
+    made = snapshot(view([], [Model("m", versions, weights)]), entry)
     listener = as_dict(made, xds.LISTENER)["public"]
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     del manager["rds"]

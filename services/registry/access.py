@@ -1,0 +1,127 @@
+"""`AccessService`: clients and revoked keys."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator
+
+from lingqu.registry.v1 import access_pb2 as pb
+from lingqu.registry.v1.access_pb2_grpc import AccessServiceServicer
+from services.core.errors import Conflict, InvalidInput, NotFound
+from services.core.interceptors import Context
+from services.registry import validation
+from services.registry.commits import Commits
+from services.registry.etcd import Change, Put
+from services.registry.keyspace import ACCESS, CLIENTS, REVOKED
+from services.registry.mirror import Mirror
+
+KEY_TTL_MAX_S = 366 * 86_400
+# A revocation outlives its key a little: no machine's clock is exact.
+MARGIN_S = 3600
+
+
+class Access(AccessServiceServicer):
+    """Records: CLIENTS + name, a Client; REVOKED + key id, a RevokedKey by a lease that ends with the key."""
+
+    def __init__(self, mirror: Mirror, commits: Commits) -> None:
+        self._mirror = mirror
+        self._commits = commits
+
+    async def SetClient(self, request: pb.SetClientRequest, context: Context) -> pb.SetClientResponse:
+        if not request.HasField("client"):
+            raise InvalidInput("client", "is required")
+        client = pb.Client()
+        client.CopyFrom(validation.client(request.client))
+        client.revision = 0
+        key = CLIENTS + client.name
+        known = self._mirror.get(key)
+        if request.expected_revision and request.expected_revision != (known.mod_revision if known else 0):
+            raise Conflict(f'the client "{client.name}" was changed since you looked; look again')
+        put = Put(key, client.SerializeToString())
+        client.revision = await self._commits.commit([put], self._commits.unchanged(key))
+        return pb.SetClientResponse(client=client)
+
+    async def GetClient(self, request: pb.GetClientRequest, context: Context) -> pb.GetClientResponse:
+        name = validation.client_name("name", request.name)
+        record = self._mirror.get(CLIENTS + name)
+        if record is None:
+            raise NotFound(f'there is no client "{name}"')
+        return pb.GetClientResponse(client=_client(record.value, record.mod_revision))
+
+    async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
+        return pb.ListClientsResponse(
+            clients=[_client(r.value, r.mod_revision) for r in self._mirror.under(CLIENTS)],
+            revision=self._mirror.revision,
+            stale=self._mirror.stale,
+        )
+
+    async def DeleteClient(
+        self, request: pb.DeleteClientRequest, context: Context
+    ) -> pb.DeleteClientResponse:
+        key = CLIENTS + validation.client_name("name", request.name)
+        await self._commits.commit([], [], [key])
+        return pb.DeleteClientResponse()
+
+    async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Context) -> pb.RevokeKeyResponse:
+        key = REVOKED + validation.key_id(request.key_id)
+        if request.client:
+            validation.client_name("client", request.client)
+        revoked = pb.RevokedKey(
+            key_id=request.key_id, client=request.client, reason=validation.reason(request.reason)
+        )
+        revoked.revoke_time.GetCurrentTime()
+        revoked.expire_time.CopyFrom(request.expire_time)
+        if not request.HasField("expire_time"):
+            revoked.expire_time.FromSeconds(int(time.time()) + KEY_TTL_MAX_S)
+        known = self._mirror.get(key)
+        if known is not None:
+            return pb.RevokeKeyResponse(key=pb.RevokedKey.FromString(known.value))
+        lease = await self._commits.lease(lifetime_s(revoked, time.time()))
+        put = Put(key, revoked.SerializeToString(), lease)
+        await self._commits.commit([put], [])
+        return pb.RevokeKeyResponse(key=revoked)
+
+    async def ListRevokedKeys(
+        self, request: pb.ListRevokedKeysRequest, context: Context
+    ) -> pb.ListRevokedKeysResponse:
+        keys = [pb.RevokedKey.FromString(record.value) for record in self._mirror.under(REVOKED)]
+        return pb.ListRevokedKeysResponse(keys=keys, stale=self._mirror.stale)
+
+    async def WatchAccess(
+        self, request: pb.WatchAccessRequest, context: Context
+    ) -> AsyncIterator[pb.WatchAccessResponse]:
+        snapshot = True
+        async for batch in self._mirror.follow(ACCESS):
+            last: dict[str, Change] = {change.key: change for change in batch.changes}
+            yield _update(last, batch.revision, snapshot=snapshot)
+            snapshot = False
+
+
+def lifetime_s(revoked: pb.RevokedKey, now: float) -> int:
+    """How long the record of a revoked key has to live, whole seconds."""
+    left = revoked.expire_time.ToNanoseconds() / 1e9 - now
+    return math.ceil(min(max(left, 0), KEY_TTL_MAX_S)) + MARGIN_S
+
+
+def _update(changes: dict[str, Change], revision: int, *, snapshot: bool) -> pb.WatchAccessResponse:
+    update = pb.WatchAccessResponse(revision=revision, snapshot=snapshot)
+    for key, change in changes.items():
+        record = change.record
+        if key.startswith(CLIENTS):
+            if record is None:
+                update.removed_clients.append(key.removeprefix(CLIENTS))
+            else:
+                update.clients.append(_client(record.value, record.mod_revision))
+        elif key.startswith(REVOKED):
+            if record is None:
+                update.forgotten_keys.append(key.removeprefix(REVOKED))
+            else:
+                update.revoked_keys.append(pb.RevokedKey.FromString(record.value))
+    return update
+
+
+def _client(value: bytes, revision: int) -> pb.Client:
+    client = pb.Client.FromString(value)
+    client.revision = revision
+    return client

@@ -1,0 +1,47 @@
+"""Where everything is in etcd. Under the prefix of a model:
+
+versions/<8 digits>   a ModelVersion without its stage; written once
+stages/<8 digits>     a ModelVersion with its stage only; no record: REGISTERED
+traffic               a Model with the fields of its traffic and releases only
+releases/<8 digits>   a Release
+policy, placement, rollout
+requests/<id>         the number of the version that this request created; for a day, by lease
+cooldown, timer       empty; there as long as the policy's interval or a rollout's wait lasts, by lease
+"""
+
+from __future__ import annotations
+
+PREFIX = "/lingqu/"
+INSTANCES = f"{PREFIX}instances/"
+MODELS = f"{PREFIX}models/"
+CLIENTS = f"{PREFIX}access/clients/"
+REVOKED = f"{PREFIX}access/revoked/"
+ACCESS = f"{PREFIX}access/"
+LEADER = f"{PREFIX}leader"
+RESTORING = f"{PREFIX}restoring"
+
+
+def model(name: str, *rest: str) -> str:
+    return "/".join((f"{MODELS}{name}", *rest))
+
+
+def version(name: str, number: int) -> str:
+    return model(name, "versions", f"{number:08d}")
+
+
+def stage(name: str, number: int) -> str:
+    return model(name, "stages", f"{number:08d}")
+
+
+def release(name: str, number: int) -> str:
+    return model(name, "releases", f"{number:08d}")
+
+
+def is_version(key: str) -> bool:
+    """Whether a key under MODELS is that of a version itself."""
+    return key.removeprefix(MODELS).partition("/")[2].startswith("versions/")
+
+
+def model_of(key: str) -> str:
+    """The model that a key under MODELS belongs to."""
+    return key.removeprefix(MODELS).partition("/")[0]

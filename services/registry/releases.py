@@ -1,0 +1,139 @@
+"""The one way a model's traffic changes: a transaction with its checks and its entry in the history."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from lingqu.registry.v1 import models_pb2 as pb
+from services.core.errors import Conflict, TooSoon
+from services.core.identity import ANONYMOUS, Caller
+from services.registry import keyspace, policies, stages, traffic
+from services.registry.catalog import Catalog
+from services.registry.commits import Commits
+from services.registry.etcd import Put, Unchanged
+from services.registry.stages import Holdings
+
+HISTORY = 1000
+RETRIES_REMEMBERED = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who asks for a release, why, and on which condition; `expected` 0: on none."""
+
+    kind: pb.ReleaseKind.ValueType
+    caller: Caller = ANONYMOUS
+    reason: str = ""
+    request_id: str = ""
+    expected: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What else belongs into the transaction of a release."""
+
+    puts: tuple[Put, ...] = ()
+    only_if: tuple[Unchanged, ...] = ()
+    deletes: tuple[str, ...] = ()
+
+
+NOTHING = Extra()
+
+
+class Releases:
+    """Raises the errors that ModelService documents."""
+
+    def __init__(self, catalog: Catalog, commits: Commits) -> None:
+        self._catalog = catalog
+        self._commits = commits
+
+    def repeated(self, model: pb.Model, asked: Asked) -> bool:
+        """Whether this request was carried out already. Raises Conflict if its condition does not hold."""
+        if asked.request_id:
+            for done in self._catalog.releases(model.name, RETRIES_REMEMBERED):
+                if done.request_id == asked.request_id:
+                    return True
+        if asked.expected and asked.expected != model.traffic_revision:
+            raise Conflict(f'the traffic of "{model.name}" was changed since you looked; look again')
+        return False
+
+    def admissible(self, model: pb.Model, after: pb.Traffic, *, gate: bool, needed: int = 0) -> None:
+        """Every version that `after` names exists, is not off line and is ready on enough replicas; with
+        `gate`, those that have no traffic yet also pass the model's evaluation thresholds."""
+        before = traffic.serving(model.traffic)
+        wanted = traffic.serving(after)
+        for number in sorted(wanted | set(after.aliases.values()) - set(model.traffic.aliases.values())):
+            version = self._catalog.version(model.name, number)
+            policies.check_version(version)
+            least = needed or model.policy.min_ready_replicas if number in wanted else 1
+            policies.check_ready(version, self.holdings(model.name, number), least)
+            if gate and number in wanted - before:
+                policies.check_evaluation(version, model.policy)
+
+    async def pace(self, model: pb.Model) -> Extra:
+        """Holds the policy's interval between releases: raises TooSoon, or starts the next one."""
+        key = keyspace.model(model.name, "cooldown")
+        interval = model.policy.min_release_interval.seconds
+        if interval and (left := await self._commits.remaining_s(key)):
+            raise TooSoon(
+                f'"{model.name}" was released less than {interval} s ago; the next may come in {left} s', left
+            )
+        if not interval:
+            return NOTHING
+        lease = await self._commits.lease(interval)
+        return Extra((Put(key, b"", lease),), (Unchanged(key, 0),))
+
+    async def carry_out(self, model: pb.Model, state: pb.Model, asked: Asked, *extras: Extra) -> pb.Model:
+        """Commit `state` with its history entry and the stages it implies; the model as it is then."""
+        key = keyspace.model(model.name, "traffic")
+        entry_key = keyspace.release(model.name, state.last_release)
+        puts = [
+            Put(key, state.SerializeToString()),
+            Put(entry_key, self._entry(model, state, asked).SerializeToString()),
+        ]
+        only_if = [Unchanged(key, model.traffic_revision), Unchanged(entry_key, 0)]
+        only_if += self._commits.unchanged(keyspace.model(model.name, "policy"))
+        before, after = traffic.serving(model.traffic), traffic.serving(state.traffic)
+        for number in sorted(before ^ after):
+            to = stages.SERVING if number in after else stages.READY
+            stage_key = keyspace.stage(model.name, number)
+            puts.append(Put(stage_key, stages.record(to, asked.reason).SerializeToString()))
+            only_if += self._commits.unchanged(stage_key)
+        deletes = [d for extra in extras for d in extra.deletes]
+        if state.last_release > HISTORY:
+            deletes.append(keyspace.release(model.name, state.last_release - HISTORY))
+        for extra in extras:
+            puts += extra.puts
+            only_if += extra.only_if
+        try:
+            await self._commits.commit(puts, only_if, deletes)
+        except Conflict as err:
+            raise Conflict(
+                f'"{model.name}" was released by somebody else at the same time; look again'
+            ) from err
+        return self._catalog.model(model.name)
+
+    def history(self, name: str) -> traffic.History:
+        found = {release.number: release for release in self._catalog.releases(name, HISTORY)}
+        return found.get
+
+    def holdings(self, name: str, version: int) -> Holdings:
+        return Holdings.of(self._catalog.hosting(name, version))
+
+    def _entry(self, model: pb.Model, state: pb.Model, asked: Asked) -> pb.Release:
+        entry = pb.Release(
+            number=state.last_release,
+            kind=asked.kind,
+            actor=asked.caller.client,
+            reason=asked.reason,
+            before=model.traffic,
+            after=state.traffic,
+            request_id=asked.request_id,
+            previous_traffic=state.previous_traffic,
+            previous_release=state.previous_release,
+        )
+        newest = self._catalog.releases(model.name, 1)
+        last = newest[0].time.ToNanoseconds() if newest else 0
+        entry.time.FromNanoseconds(max(time.time_ns(), last + 1000))
+        return entry
