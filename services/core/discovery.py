@@ -56,12 +56,23 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True)
+class Requirements:
+    """`engine` is a PEP 440 specifier, `fingerprint` a kind of machine; empty: any."""
+
+    engine: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
     key: VersionKey
     uri: str
     sha256: str
     task: str
     runtime: str
+    signature: bytes = b""
+    signer: str = ""
+    requirements: Requirements = Requirements()
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +244,16 @@ def to_instance(replica: Replica) -> instances_pb2.Instance:
 
 def to_model(record: models_pb2.Model) -> Model:
     versions = tuple(
-        Version(VersionKey(record.name, v.version), v.artifact.uri, v.artifact.sha256, v.task, v.runtime)
+        Version(
+            VersionKey(record.name, v.version),
+            v.artifact.uri,
+            v.artifact.sha256,
+            v.task,
+            v.runtime,
+            v.artifact.signature,
+            v.artifact.signer,
+            Requirements(v.requirements.engine, v.requirements.fingerprint),
+        )
         for v in record.versions
     )
     return Model(record.name, versions, record.traffic_version, record.previous_version)

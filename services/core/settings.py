@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, PlainValidator, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.core.signing import TrustedKeys
 
 _ADDRESS = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})$")
 
@@ -20,6 +23,14 @@ def _address(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_address)]
+
+
+def _trusted(value: object) -> TrustedKeys | None:
+    return TrustedKeys.at(Path(value)) if isinstance(value, str) and value else None
+
+
+Trusted = Annotated[TrustedKeys | None, PlainValidator(_trusted)]
+"""A path of public keys, read at once, so that a mistake in it ends the start; empty: None."""
 
 
 class Settings(BaseSettings):
