@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.suite import ECHO
+from pipeline.bundled import runs_here
+from pipeline.tensor import package_tensor
 from services.core.discovery import Requirements
+from services.inference import artifact
 from services.inference.requirements import Machine, fingerprint, same_minor, unmet
 
 HERE = Machine({"onnxruntime": "1.31.1", "openvino-genai": "2026.4.1.0"}, "cpu-x86_64-avx2")
@@ -49,6 +53,12 @@ def test_this_machine_has_what_the_pipeline_asks_for() -> None:
     for runtime in ("onnxruntime", "openvino-genai"):
         assert same_minor(runtime)
         assert unmet(Requirements(same_minor(runtime), here.fingerprint), runtime, here) is None
+
+
+def test_bundled_models_are_made_anew_for_new_engines(tmp_path: Path) -> None:
+    manifest = package_tensor(ECHO, tmp_path).manifest
+    assert runs_here(manifest)
+    assert not runs_here(manifest.model_copy(update={"requirements": artifact.Requirements(engine="<3")}))
 
 
 def test_the_fingerprint_names_what_the_engines_look_at(tmp_path: Path) -> None:
