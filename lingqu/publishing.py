@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
+from lingqu.artifacts import Artifact as Artifact
+from lingqu.artifacts import PublishFailed as PublishFailed
 from lingqu.gateway.v1 import gateway_pb2
 from lingqu.gateway.v1.gateway_pb2_grpc import GatewayServiceStub
 from lingqu.registry.v1 import instances_pb2, models_pb2
@@ -25,40 +23,6 @@ PATIENCE_S = 15.0
 
 T = TypeVar("T")
 Hosting = list[tuple[str, instances_pb2.HostedModel]]
-
-
-class PublishFailed(Exception):
-    """The version was refused or no replica got it ready; the text has the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """What the registry needs to know of an artifact."""
-
-    uri: str
-    sha256: str
-    size_bytes: int
-    task: str
-    runtime: str
-
-    @classmethod
-    def at(cls, folder: Path) -> Artifact:
-        """Raises PublishFailed if `folder` is no artifact, or not intact."""
-        try:
-            raw = (folder / "manifest.json").read_bytes()
-            body = json.loads(raw)
-            for name, file in body["files"].items():
-                if (found := _digest(folder / name)) != file["sha256"]:
-                    raise PublishFailed(
-                        f"{folder / name} is corrupt: its SHA-256 is {found}, not {file['sha256']}"
-                    )
-            size = sum(int(file["size"]) for file in body["files"].values())
-            sha256 = hashlib.sha256(raw).hexdigest()
-            return cls(folder.resolve().as_uri(), sha256, size, body["task"], body["runtime"])
-        except (OSError, ValueError, KeyError, TypeError) as err:
-            raise PublishFailed(
-                f"{folder} is no artifact ({err}); `python -m pipeline --help` shows how to make one"
-            ) from err
 
 
 class Publisher:
@@ -137,15 +101,9 @@ class Publisher:
         return None
 
     async def _create(self, name: str, artifact: Artifact) -> int:
-        record = models_pb2.ModelVersion(
-            model=name,
-            artifact=models_pb2.Artifact(
-                uri=artifact.uri, sha256=artifact.sha256, size_bytes=artifact.size_bytes
-            ),
-            task=artifact.task,
-            runtime=artifact.runtime,
+        request = models_pb2.CreateModelVersionRequest(
+            version=artifact.record(name), request_id=uuid.uuid4().hex
         )
-        request = models_pb2.CreateModelVersionRequest(version=record, request_id=uuid.uuid4().hex)
         answer = await _patient(lambda: self._models.CreateModelVersion(request, timeout=10))
         return int(answer.version.version)
 
@@ -172,11 +130,6 @@ class Publisher:
             for model in instance.models
             if (model.model, model.version) == (name, version)
         ]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refusals(hosted: Hosting) -> list[str]:

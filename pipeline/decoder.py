@@ -16,9 +16,10 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from pipeline.package import Package, ParityError, digests, seal, staging_folder
+from pipeline.package import About, Package, ParityError, digests, seal, staging_folder
 from pipeline.weights import write_f16
-from services.inference.artifact import GoldenText, Manifest, TextSpec
+from services.inference.artifact import GoldenText, Manifest, Requirements, TextSpec
+from services.inference.requirements import same_minor
 
 GOLDEN_TOKENS = 16
 # Not 1: on processors that compute in another precision a near tie may fall the other way.
@@ -34,7 +35,7 @@ GOLDEN_PROMPTS = (
 )
 
 
-def package_gguf(gguf: Path, store: Path) -> Package:
+def package_gguf(gguf: Path, store: Path, about: About = About()) -> Package:  # noqa: B008 - immutable
     """Read the model's own description, convert its tokenizer, compute the golden answers, seal."""
     reader = GGUFReader(str(gguf))
     architecture = _field(reader, "general.architecture")
@@ -50,18 +51,24 @@ def package_gguf(gguf: Path, store: Path) -> Package:
     spec = TextSpec(
         weights=weights, context_tokens=context, vocabulary=len(tokenizer), eos_token_ids=tuple(sorted(eos))
     )
+    golden, agreement = certain(gguf, _golden(staging / weights, spec, tokenizer))
+    name = reader.get_field("general.name")
+    parent = str(name.contents())[:256] if name is not None else ""
     manifest = Manifest(
         task="generate",
         runtime="openvino-genai",
         files=digests(staging),
         text=spec,
-        golden_texts=certain(gguf, _golden(staging / weights, spec, tokenizer)),
+        golden_texts=golden,
+        requirements=Requirements(engine=same_minor("openvino-genai")),
+        **about.found({"reference_agreement": round(agreement, 6)}, parent).parts,
     )
     return seal(staging, manifest, store)
 
 
-def certain(gguf: Path, golden: Sequence[GoldenText]) -> tuple[GoldenText, ...]:
-    """The examples up to where the reference implementation (transformers, FP32) is sure of the token, too.
+def certain(gguf: Path, golden: Sequence[GoldenText]) -> tuple[tuple[GoldenText, ...], float]:
+    """The examples up to where the reference implementation (transformers, FP32) is sure of the token, too;
+    and the share of all their tokens that it takes for the likeliest.
 
     What a batch or a cached prefix changes in the last bits may decide a near tie, and must not decide
     whether a version is refused. Raises ParityError if the reference takes other tokens for the likeliest too
@@ -87,7 +94,7 @@ def certain(gguf: Path, golden: Sequence[GoldenText]) -> tuple[GoldenText, ...]:
         raise ParityError(f"{gguf.name}: the reference agrees with {agreed} of {total} golden tokens only")
     if sum(len(example.token_ids) for example in kept) < MIN_CERTAIN_TOKENS:
         raise ParityError(f"{gguf.name}: the reference is sure of too few golden tokens")
-    return tuple(kept)
+    return tuple(kept), agreed / total
 
 
 def _golden(gguf: Path, spec: TextSpec, tokenizer: Any) -> tuple[GoldenText, ...]:

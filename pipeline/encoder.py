@@ -20,10 +20,19 @@ from tokenizers import Tokenizer
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.package import Package, ParityError, digests, seal, staging_folder
-from services.inference.artifact import GoldenVector, Manifest, VectorSpec
+from pipeline.package import About, Package, ParityError, digests, seal, staging_folder
+from services.inference.artifact import (
+    GoldenVector,
+    Manifest,
+    Requirements,
+    Signature,
+    TensorSignature,
+    VectorSpec,
+)
+from services.inference.requirements import same_minor
 
 OPSET = 18
+DATATYPES = {"tensor(int64)": "INT64", "tensor(float)": "FP32", "tensor(float16)": "FP16"}
 # The exported graph must agree with torch to this cosine on every golden text.
 MIN_COSINE = 0.9999
 GOLDEN_TEXTS = (
@@ -49,7 +58,7 @@ class SentenceEncoder(torch.nn.Module):  # type: ignore[misc]  # torch is not fo
         return torch.nn.functional.normalize(mean, dim=1)
 
 
-def package_encoder(checkpoint: Path, store: Path) -> Package:
+def package_encoder(checkpoint: Path, store: Path, about: About = About()) -> Package:  # noqa: B008 - immutable
     """Export, compare with torch, seal. Raises ParityError."""
     pooling = json.loads((checkpoint / "1_Pooling" / "config.json").read_text())
     if not pooling.get("pooling_mode_mean_tokens"):
@@ -69,10 +78,10 @@ def package_encoder(checkpoint: Path, store: Path) -> Package:
 
     staging = staging_folder(store)
     export(encoder, staging / "model.onnx")
-    check_parity(staging / "model.onnx", ids, mask, expected)
+    cosines = [check_parity(staging / "model.onnx", ids, mask, expected)]
     for row, real in enumerate(mask.sum(axis=1)):  # traced with one shape: prove others as well
         alone = (ids[row : row + 1, :real], mask[row : row + 1, :real])
-        check_parity(staging / "model.onnx", *alone, expected[row : row + 1])
+        cosines.append(check_parity(staging / "model.onnx", *alone, expected[row : row + 1]))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.save(str(staging / "tokenizer.json"))
@@ -91,6 +100,9 @@ def package_encoder(checkpoint: Path, store: Path) -> Package:
             GoldenVector(text=text, vector=tuple(float(x) for x in row))
             for text, row in zip(GOLDEN_TEXTS, expected, strict=True)
         ),
+        requirements=Requirements(engine=same_minor("onnxruntime")),
+        signature=signature(staging / "model.onnx"),
+        **about.found({"parity_cosine": round(min(cosines), 6)}, _parent(checkpoint)).parts,
     )
     return seal(staging, manifest, store)
 
@@ -115,10 +127,33 @@ def export(encoder: torch.nn.Module, path: Path) -> None:
     onnx.checker.check_model(str(path))
 
 
-def check_parity(path: Path, ids: Any, mask: Any, expected: Any) -> None:
-    """Raises ParityError if ONNX Runtime and torch disagree on any row."""
+def check_parity(path: Path, ids: Any, mask: Any, expected: Any) -> float:
+    """The lowest cosine of ONNX Runtime's rows and torch's. Raises ParityError if it is below MIN_COSINE."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (found,) = session.run(["embedding"], {"input_ids": ids, "attention_mask": mask})
     worst = float(np.min(np.sum(found * expected, axis=1)))
     if not worst >= MIN_COSINE:
         raise ParityError(f"{path.name}: cosine with torch is {worst:.6f}, below {MIN_COSINE}")
+    return worst
+
+
+def signature(path: Path) -> Signature:
+    """The inputs and outputs of a graph; an axis with a name varies."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    inputs, outputs = (
+        tuple(
+            TensorSignature(
+                name=one.name,
+                datatype=DATATYPES[one.type],
+                shape=tuple(axis if isinstance(axis, int) else -1 for axis in one.shape),
+            )
+            for one in group
+        )
+        for group in (session.get_inputs(), session.get_outputs())
+    )
+    return Signature(inputs=inputs, outputs=outputs)
+
+
+def _parent(checkpoint: Path) -> str:
+    """The base model, in the checkpoint's own words."""
+    return str(json.loads((checkpoint / "config.json").read_text()).get("_name_or_path", ""))[:256]

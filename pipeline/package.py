@@ -7,12 +7,43 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from services.inference.artifact import MANIFEST, FileDigest, Manifest, digest_file
+from pydantic import BaseModel, ConfigDict
+
+from services.inference.artifact import (
+    MANIFEST,
+    Evaluation,
+    FileDigest,
+    Labels,
+    Lineage,
+    Manifest,
+    digest_file,
+)
 
 
 class ParityError(Exception):
     """What would be served does not compute what the checkpoint computes."""
+
+
+class About(BaseModel):
+    """What its maker knows of a model beyond its files; parts of the manifest. Raises ValidationError."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    evaluation: Evaluation = {}
+    lineage: Lineage = Lineage()
+    labels: Labels = {}
+
+    def found(self, evaluation: dict[str, float], parent: str) -> About:
+        """With the pipeline's own findings, where the maker has not said otherwise."""
+        lineage = self.lineage if self.lineage.parent else self.lineage.model_copy(update={"parent": parent})
+        return About(evaluation={**evaluation, **self.evaluation}, lineage=lineage, labels=self.labels)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """As arguments of a Manifest."""
+        return {"evaluation": self.evaluation, "lineage": self.lineage, "labels": self.labels}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +56,7 @@ class Package:
 
     @property
     def uri(self) -> str:
-        return self.folder.resolve().as_uri()
+        return f"file://{self.folder.resolve()}"  # not as_uri: fsspec takes an escaped space for its name
 
     @property
     def size_bytes(self) -> int:

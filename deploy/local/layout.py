@@ -30,6 +30,11 @@ class Layout:
         return self.state / "dev.key"
 
     @property
+    def publisher_key(self) -> Path:
+        """What the bundled models are signed with."""
+        return self.state / "publisher.pem"
+
+    @property
     def suite_file(self) -> Path:
         """What `lingqu status` reads: ports, and the process of every part."""
         return self.state / "suite.json"

@@ -19,6 +19,7 @@ from lingqu.cli.connection import Suite, err, out
 from lingqu.publishing import Artifact, Publisher, PublishFailed
 from pipeline.bundled import Bundled, bundled
 from services.core.lifecycle import CHANNEL_OPTIONS
+from services.core.signing import Signer
 
 PUBLISH_TIMEOUT_S = 300.0
 
@@ -67,12 +68,18 @@ async def _publish(layout: Layout, models: list[Bundled]) -> None:
         grpc.aio.insecure_channel(layout.address(REGISTRY), options=CHANNEL_OPTIONS) as registry,
         grpc.aio.insecure_channel(layout.address(GATEWAY), options=CHANNEL_OPTIONS) as gateway,
     ):
+        signer = Signer.at(layout.publisher_key)
         publisher = Publisher(registry, gateway, layout.dev_key.read_text().strip())
         for model in models:
             begun = time.monotonic()
-            artifact = Artifact.at(model.package.folder)
+            artifact = Artifact.at(model.package.folder).signed(signer, model.name)
             # Published once; after that the user decides which version has the traffic.
-            version = await publisher.ready(model.name, PUBLISH_TIMEOUT_S) or await publisher.publish(
+            try:
+                version = await publisher.ready(model.name, PUBLISH_TIMEOUT_S)
+            except PublishFailed as error:  # it was made for an engine that has been replaced, for example
+                err.print(f"  [yellow]{escape(str(error))}[/yellow]; publishing the bundled version instead")
+                version = 0
+            version = version or await publisher.publish(
                 model.name, artifact, traffic=True, timeout_s=PUBLISH_TIMEOUT_S, tell=lambda text: None
             )
             _line(f"{model.name} v{version}", "ready", time.monotonic() - begun, artifact.task)

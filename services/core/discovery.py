@@ -59,12 +59,23 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True)
+class Requirements:
+    """`engine` is a PEP 440 specifier, `fingerprint` a kind of machine; empty: any."""
+
+    engine: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
     key: VersionKey
     uri: str
     sha256: str
     task: str
     runtime: str
+    signature: bytes = b""
+    signer: str = ""
+    requirements: Requirements = Requirements()
     offline: bool = False
     """Retired or rejected: nobody loads it."""
 
@@ -270,6 +281,9 @@ def to_model(record: models_pb2.Model) -> Model:
             v.artifact.sha256,
             v.task,
             v.runtime,
+            v.artifact.signature,
+            v.artifact.signer,
+            Requirements(v.requirements.engine, v.requirements.fingerprint),
             v.stage in (models_pb2.STAGE_RETIRED, models_pb2.STAGE_REJECTED),
         )
         for v in record.versions

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, ValidationError
+from pydantic import AfterValidator, BeforeValidator, PlainValidator, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from services.core.signing import TrustedKeys
 
 _ADDRESS = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})$")
 
@@ -40,6 +43,14 @@ def _labels(value: object) -> object:
 
 
 Labels = Annotated[dict[str, str], NoDecode, BeforeValidator(_labels)]
+
+
+def _trusted(value: object) -> TrustedKeys | None:
+    return TrustedKeys.at(Path(value)) if isinstance(value, str) and value else None
+
+
+Trusted = Annotated[TrustedKeys | None, PlainValidator(_trusted)]
+"""A path of public keys, read at once, so that a mistake in it ends the start; empty: None."""
 
 
 class Settings(BaseSettings):

@@ -20,6 +20,7 @@ from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
 from services.inference import golden
 from services.inference.artifact import Manifest
 from services.inference.repository import Repository
+from services.inference.requirements import Machine, Needs, unmet
 from services.inference.session import Session
 from services.inference.store import ArtifactRefused, ArtifactUnreachable, Store
 from services.inference.text import TextModel
@@ -62,12 +63,14 @@ class Agent:
         store: Store,
         repository: Repository,
         limits: Limits,
+        machine: Machine,
         announce: Callable[[Iterable[Hosted]], None],
     ) -> None:
         self._triton = triton
         self._store = store
         self._repository = repository
         self._limits = limits
+        self._machine = machine
         self._announce = announce
         self._states: dict[VersionKey, Hosted] = {}
         self._loads: dict[VersionKey, asyncio.Task[None]] = {}
@@ -149,8 +152,17 @@ class Agent:
         log.info("%s: fetching %s", key, version.uri)
         self._retry_at.pop(key, None)
         try:
-            folder = await asyncio.to_thread(self._store.fetch, version.uri, version.sha256)
+            self._check(version, version.requirements)
+            folder = await asyncio.to_thread(
+                self._store.fetch,
+                version.uri,
+                version.sha256,
+                model=key.model,
+                signature=version.signature,
+                signer=version.signer,
+            )
             manifest = Manifest.read(folder)
+            self._check(version, manifest.requirements)
             if manifest.task != version.task:
                 raise ArtifactRefused(f'{version.uri} is for "{manifest.task}", not for "{version.task}"')
             async with self._loading:
@@ -171,6 +183,11 @@ class Agent:
             self.served[key] = model
             self._set(Hosted(key, READY))
             log.info("%s: ready", key)
+
+    def _check(self, version: Version, needs: Needs) -> None:
+        """The record's requirements before anything is fetched, the artifact's own before it is loaded."""
+        if (reason := unmet(needs, version.runtime, self._machine)) is not None:
+            raise ArtifactRefused(f"{version.uri}: {reason}")
 
     async def _proven(self, key: VersionKey, folder: Path, manifest: Manifest) -> Served:
         if manifest.text is not None:

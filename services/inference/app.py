@@ -14,12 +14,13 @@ from lingqu.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_
 from services.core.discovery import Model, Registration, Registry, Replica, Version, Watched
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
-from services.core.settings import Address, Labels, Settings
+from services.core.settings import Address, Labels, Settings, Trusted
 from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.inference.agent import Agent, Limits
 from services.inference.placement import desired
 from services.inference.repository import Repository
+from services.inference.requirements import Machine
 from services.inference.routing import Routing
 from services.inference.service import Inference
 from services.inference.store import Store
@@ -39,6 +40,8 @@ class InferenceSettings(Settings):
     """Of this replica, "zone=a,gpu=l4": placements choose by them."""
     artifacts: Path = Path(".lingqu/artifacts")
     """Folder of verified copies of artifacts."""
+    trusted_keys: Trusted = None
+    """Public keys of those whose signatures count; None: signatures are not demanded."""
     model_repository: Path = Path(".lingqu/triton/models")
     """Triton's --model-repository."""
     kv_cache_gib: int = 1
@@ -71,15 +74,18 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             "max_sequences": str(cfg.max_sequences),
             "otlp_endpoint": cfg.otlp_endpoint,
         }
+        store = Store(cfg.artifacts, cfg.trusted_keys)
         agent = Agent(
             triton,
-            Store(cfg.artifacts),
+            store,
             Repository(cfg.model_repository, parameters),
             Limits(cfg.max_sequences),
+            Machine.here(),
             registration.update,
         )
         stack.push_async_callback(agent.close)
         follow = _follow(agent, models, replicas, registration, changed)
+        stack.callback(store.close)  # or the process would wait for the thread that fetches
         await stack.enter_async_context(background(models.run(), replicas.run(), follow))
 
         server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)

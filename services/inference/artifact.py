@@ -7,15 +7,39 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from packaging.specifiers import SpecifierSet
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
+MAX_MANIFEST = 64 << 20
+"""Bytes; golden vectors are most of a manifest."""
 
-# Relative and without a leading dot anywhere, so that nothing climbs out of the folder.
-_SEGMENT = "[A-Za-z0-9_-][A-Za-z0-9._-]*"
-FilePath = Annotated[str, StringConstraints(pattern=f"^{_SEGMENT}(/{_SEGMENT})*$")]
+# Relative and without a leading dot anywhere, so that nothing climbs out of the folder and the store's own
+# files are never meant; short enough for every file system.
+_SEGMENT = "[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
+FilePath = Annotated[str, StringConstraints(pattern=f"^{_SEGMENT}(/{_SEGMENT})*$", max_length=512)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]{0,62}$")]
+Short = Annotated[str, StringConstraints(max_length=256)]
+Datatype = Literal[
+    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64",
+    "BF16", "BYTES",
+]  # fmt: skip
+
+
+def _specifier(value: str) -> str:
+    SpecifierSet(value)  # its InvalidSpecifier is a ValueError with a good text
+    return value
 
 
 class _Value(BaseModel):
@@ -24,7 +48,7 @@ class _Value(BaseModel):
 
 class FileDigest(_Value):
     sha256: Sha256
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, le=1 << 50)
 
 
 class TextSpec(_Value):
@@ -34,6 +58,10 @@ class TextSpec(_Value):
     context_tokens: int = Field(ge=1)
     vocabulary: int = Field(ge=1)
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.weights,)
 
 
 class VectorSpec(_Value):
@@ -45,12 +73,20 @@ class VectorSpec(_Value):
     vocabulary: int = Field(ge=1)
     dimensions: int = Field(ge=1)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.weights,)
+
 
 class TensorSpec(_Value):
     """Any model for Triton's Python backend: `config` is its config.pbtxt, `model` its model.py."""
 
     config: FilePath
     model: FilePath
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.config, self.model)
 
 
 class GoldenText(_Value):
@@ -61,21 +97,65 @@ class GoldenText(_Value):
 
 class GoldenVector(_Value):
     text: str
-    vector: tuple[float, ...]
+    vector: tuple[FiniteFloat, ...]
+
+
+class Requirements(_Value):
+    """`engine`: versions of the runtime, PEP 440; `fingerprint`: the only kind of machine. Empty: any."""
+
+    engine: Annotated[Short, AfterValidator(_specifier)] = ""
+    fingerprint: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{0,200}$")] = ""
+
+
+class TensorSignature(_Value):
+    """A tensor of the Open Inference Protocol; the shape has the batch, and -1 for what varies."""
+
+    name: Annotated[Short, StringConstraints(min_length=1)]
+    datatype: Datatype
+    shape: Annotated[tuple[Annotated[int, Field(ge=-1, lt=1 << 63)], ...], Field(max_length=32)] = ()
+
+
+class Signature(_Value):
+    """Inputs and outputs."""
+
+    inputs: Annotated[tuple[TensorSignature, ...], Field(max_length=256)] = ()
+    outputs: Annotated[tuple[TensorSignature, ...], Field(max_length=256)] = ()
+
+
+class Lineage(_Value):
+    """Where it comes from: a version or a base model, a run, training data, the code."""
+
+    parent: Short = ""
+    training_run: Short = ""
+    data_sha256: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")] = ""
+    source: Short = ""
+
+
+Evaluation = Annotated[dict[Name, FiniteFloat], Field(max_length=64)]
+Labels = Annotated[dict[Name, Short], Field(max_length=32)]
+
+
+class InvalidManifest(ValueError):
+    """What should be a manifest is none; the text names the field."""
 
 
 class Manifest(_Value):
-    """What is in an artifact. Exactly the part that fits `task` is set."""
+    """What is in an artifact, and what is known of it. Exactly the part that fits `task` is set."""
 
     schema_version: Literal[1] = 1
     task: Literal["generate", "embed", "tensor"]
     runtime: Literal["openvino-genai", "onnxruntime", "python"]
-    files: dict[FilePath, FileDigest]
+    files: dict[FilePath, FileDigest] = Field(max_length=4096)
     text: TextSpec | None = None
     vector: VectorSpec | None = None
     tensor: TensorSpec | None = None
     golden_texts: tuple[GoldenText, ...] = ()
     golden_vectors: tuple[GoldenVector, ...] = ()
+    requirements: Requirements = Requirements()
+    signature: Signature = Signature()
+    evaluation: Evaluation = {}
+    lineage: Lineage = Lineage()
+    labels: Labels = {}
 
     @model_validator(mode="after")
     def _described(self) -> Self:
@@ -84,13 +164,44 @@ class Manifest(_Value):
             raise ValueError(f'a manifest for "{self.task}" has the part for it and no other')
         return self
 
+    @model_validator(mode="after")
+    def _one_tree(self) -> Self:
+        if MANIFEST in self.files:
+            raise ValueError(f"{MANIFEST} cannot be one of its own files")
+        for name in self.files:
+            parts = name.split("/")
+            if any("/".join(parts[:end]) in self.files for end in range(1, len(parts))):
+                raise ValueError(f"{name} is in a folder that is a file")
+        for part in (self.text, self.vector, self.tensor):
+            for name in part.paths if part else ():
+                if name not in self.files:
+                    raise ValueError(f"{name} is not among the files")
+        return self
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Manifest:
+        """Raises InvalidManifest, whatever the bytes are."""
+        if len(raw) > MAX_MANIFEST:
+            raise InvalidManifest(f"more than {MAX_MANIFEST} bytes")
+        try:
+            return cls.model_validate_json(raw)
+        except ValidationError as err:
+            problem = err.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(str(part)[:80] for part in problem["loc"])
+            raise InvalidManifest(f"{where}: {problem['msg']}" if where else problem["msg"]) from err
+
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        return cls.model_validate_json((folder / MANIFEST).read_bytes())
+        """Raises InvalidManifest, OSError."""
+        return cls.parse((folder / MANIFEST).read_bytes())
 
     @property
     def size_bytes(self) -> int:
         return sum(f.size for f in self.files.values())
+
+    @property
+    def golden_examples(self) -> int:
+        return len(self.golden_texts) + len(self.golden_vectors)
 
 
 def digest_file(path: Path) -> str:
