@@ -17,7 +17,7 @@ from services.core.discovery import Model, Registry, Replica, Watched
 from services.core.files import write_secret
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
-from services.core.settings import Address, Settings
+from services.core.settings import Address, Addresses, Settings
 from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.gateway.ads import Ads, Snapshots
@@ -39,7 +39,7 @@ class GatewaySettings(Settings):
     gateway_listen: Address = "127.0.0.1:8081"
     gateway_address: Address | None = None
     """Where Envoy reaches this process; default: gateway_listen."""
-    registry: Address = "127.0.0.1:8082"
+    registry: Addresses = "127.0.0.1:8082"
     signing_key: Path = Path(".lingqu/gateway/signing.pem")
     dev_key: Path | None = None
     """If set, an admin key is written there at start, valid for 30 days."""

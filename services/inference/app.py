@@ -13,7 +13,7 @@ from lingqu.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_
 from services.core.discovery import Model, Registration, Registry, Replica, Watched
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
-from services.core.settings import Address, Settings
+from services.core.settings import Address, Addresses, Settings
 from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.inference.agent import Agent, Limits
@@ -31,7 +31,7 @@ class InferenceSettings(Settings):
     inference_address: Address | None = None
     """Where others reach this process; default: inference_listen."""
     triton: Address = "127.0.0.1:8001"
-    registry: Address = "127.0.0.1:8082"
+    registry: Addresses = "127.0.0.1:8082"
     instance_ttl_s: int = 10
     artifacts: Path = Path(".lingqu/artifacts")
     """Folder of verified copies of artifacts."""

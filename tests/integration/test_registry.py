@@ -44,8 +44,10 @@ async def registry(etcd_server: EtcdServer) -> AsyncIterator[Registry]:
         yield client
 
 
-async def register(registry: Registry, instance: pb.Instance = INSTANCE, ttl_s: int = 10) -> int:
-    request = pb.RegisterInstanceRequest(instance=instance, ttl=Duration(seconds=ttl_s))
+async def register(
+    registry: Registry, instance: pb.Instance = INSTANCE, ttl_s: int = 10, lease: int = 0
+) -> int:
+    request = pb.RegisterInstanceRequest(instance=instance, ttl=Duration(seconds=ttl_s), lease_id=lease)
     answer = await registry.instances.RegisterInstance(request, timeout=5)
     return answer.lease_id
 
@@ -84,7 +86,7 @@ async def test_a_registered_instance_is_listed_at_once(registry: Registry) -> No
 async def test_registering_again_replaces_the_record_under_the_same_lease(registry: Registry) -> None:
     lease = await register(registry)
     changed = pb.Instance(id="i1", service="inference", endpoints={"grpc": "127.0.0.1:2"})
-    assert await register(registry, changed) == lease
+    assert await register(registry, changed, lease=lease) == lease
     answer = await registry.instances.ListInstances(pb.ListInstancesRequest(), timeout=5)
     assert answer.instances[0].endpoints["grpc"] == "127.0.0.1:2"
 
@@ -197,9 +199,8 @@ async def test_a_watcher_that_does_not_read_is_cut_off(
     async with background(mirror.run()):
         stream = mirror.follow(mirrors.PREFIX)
         await anext(stream)
-        for number in range(10):
-            revision = await etcd.commit([Put(f"{mirrors.PREFIX}k{number}", b"")])
-        await mirror.reached(revision)
+        for number in range(10):  # one update each
+            await mirror.reached(await etcd.commit([Put(f"{mirrors.PREFIX}k{number}", b"")]))
         with pytest.raises(SlowWatcher):
             await _read_all(stream)
     await etcd.close()
