@@ -15,14 +15,12 @@ from lingqu.artifacts import PublishFailed as PublishFailed
 from lingqu.gateway.v1 import gateway_pb2
 from lingqu.gateway.v1.gateway_pb2_grpc import GatewayServiceStub
 from lingqu.registry.v1 import instances_pb2, models_pb2
-from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
 
 ROUTED_TIMEOUT_S = 10.0
 PATIENCE_S = 15.0
 
 T = TypeVar("T")
-Hosting = list[tuple[str, instances_pb2.HostedModel]]
 
 
 class Publisher:
@@ -31,10 +29,9 @@ class Publisher:
     def __init__(
         self, registry: grpc.aio.Channel, gateway: grpc.aio.Channel | None = None, key: str = ""
     ) -> None:
-        self._instances: Any = RegistryServiceStub(registry)
         self._models: Any = ModelServiceStub(registry)
         self._gateway: Any = None if gateway is None else GatewayServiceStub(gateway)
-        self._metadata = (("authorization", f"Bearer {key}"),)
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
 
     async def publish(
         self,
@@ -47,20 +44,48 @@ class Publisher:
     ) -> int:
         """The number of the version, once it is ready (and has the traffic, if asked). An artifact that is
         a version of the model already is not published twice. Raises PublishFailed, grpc.aio.AioRpcError."""
-        version = await self._wanted(name, artifact.sha256)
-        if version is not None and await self._refused(name, version):
-            version = None  # asked again, it is tried again
+        version = await self._known(name, artifact)
         if version is None:
             version = await self._create(name, artifact)
             tell(f"{name} v{version}: registered")
-        await self._until_ready(name, version, timeout_s)
+        borrowed = await self.loaded(name, version, timeout_s)
         tell(f"{name} v{version}: ready")
         if traffic:
-            request = models_pb2.SetTrafficRequest(model=name, version=version)
-            await _patient(lambda: self._models.SetTraffic(request, timeout=10))
-            await self._until_routed(name, version)
+            await self.promote(name, version, "published")
             tell(f"{name} v{version}: takes the traffic")
+            if borrowed:
+                await self.forgotten(name, version)
         return version
+
+    async def promote(
+        self, name: str, version: int, reason: str, expected_revision: int = 0
+    ) -> models_pb2.Model:
+        """Give a version all traffic, and wait until it is routed. Raises grpc.aio.AioRpcError."""
+        request = models_pb2.PromoteModelVersionRequest(
+            model=name,
+            version=version,
+            reason=reason,
+            request_id=uuid.uuid4().hex,
+            expected_revision=expected_revision,
+        )
+        answer = await self._registry(self._models.PromoteModelVersion, request)
+        await self._until_routed(name, version)
+        return answer.model  # type: ignore[no-any-return]
+
+    async def loaded(self, name: str, version: int, timeout_s: float) -> bool:
+        """Wait until as many replicas have a version ready as its model's policy asks. True if replicas would
+        not hold it by themselves, because it is an old one, and were told to keep it. Raises PublishFailed."""
+        model = await self._model(name)
+        held = _held(model, version)
+        if not held:
+            await self._keep(model, sorted({*model.placement.keep, version}))
+        await self._until_ready(name, version, timeout_s, model.policy.min_ready_replicas)
+        return not held
+
+    async def forgotten(self, name: str, version: int) -> None:
+        """Undo what `loaded` told the replicas."""
+        model = await self._model(name)
+        await self._keep(model, [kept for kept in model.placement.keep if kept != version])
 
     async def _until_routed(self, name: str, version: int) -> None:
         """Wait until every data plane has the route; a gateway that is away will have it when it is back."""
@@ -81,61 +106,85 @@ class Publisher:
 
     async def ready(self, name: str, timeout_s: float) -> int:
         """Wait until the version that has the model's traffic is ready, and return it; 0 if none has it."""
-        request = models_pb2.ListModelVersionsRequest(model=name)
-        answer = await _patient(lambda: self._models.ListModelVersions(request, timeout=10))
-        version = next((int(model.traffic_version) for model in answer.models), 0)
+        model = await self._model(name)
+        version = int(model.traffic_version)
         if version:
-            await self._until_ready(name, version, timeout_s)
+            await self._until_ready(name, version, timeout_s, 1)
             await self._until_routed(name, version)
         return version
 
-    async def _wanted(self, name: str, sha256: str) -> int | None:
-        """The version that is this artifact already, if replicas keep it loaded; see placement.desired."""
-        request = models_pb2.ListModelVersionsRequest(model=name)
-        answer = await _patient(lambda: self._models.ListModelVersions(request, timeout=10))
-        for model in answer.models:
-            newest = model.versions[-1].version
-            kept = (newest, model.traffic_version, model.previous_version)
-            found = [v.version for v in model.versions if v.artifact.sha256 == sha256 and v.version in kept]
-            return max(found, default=None)
+    async def _known(self, name: str, artifact: Artifact) -> int | None:
+        """The version that is this artifact at this place already; one that was taken off line comes back."""
+        for version in reversed((await self._model(name)).versions):
+            known = version.artifact
+            if (known.sha256, known.uri, known.signer) == (artifact.sha256, artifact.uri, artifact.signer):
+                if version.stage in (models_pb2.STAGE_REJECTED, models_pb2.STAGE_RETIRED):
+                    request = models_pb2.RestoreModelVersionRequest(
+                        model=name, version=version.version, reason="published again"
+                    )
+                    await self._registry(self._models.RestoreModelVersion, request)
+                return int(version.version)
         return None
 
     async def _create(self, name: str, artifact: Artifact) -> int:
         request = models_pb2.CreateModelVersionRequest(
             version=artifact.record(name), request_id=uuid.uuid4().hex
         )
-        answer = await _patient(lambda: self._models.CreateModelVersion(request, timeout=10))
+        answer = await self._registry(self._models.CreateModelVersion, request)
         return int(answer.version.version)
 
-    async def _until_ready(self, name: str, version: int, timeout_s: float) -> None:
+    async def _until_ready(self, name: str, version: int, timeout_s: float, needed: int) -> None:
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            hosted = await self._hosted(name, version)
-            if any(model.state == instances_pb2.HOSTED_STATE_READY for _, model in hosted):
+        request = models_pb2.GetModelVersionRequest(model=name, version=version)
+        while True:
+            answer = await self._registry(self._models.GetModelVersion, request)
+            ready = sum(r.state == instances_pb2.HOSTED_STATE_READY for r in answer.replicas)
+            if ready >= max(1, needed):
                 return
-            if reasons := _refusals(hosted):
-                raise PublishFailed(f"{name} v{version} was refused by every replica: " + "; ".join(reasons))
+            if reason := _refusal(answer):
+                raise PublishFailed(f"{name} v{version} was refused by every replica: {reason}")
+            if time.monotonic() > deadline:
+                break
             await asyncio.sleep(0.1)
-        raise PublishFailed(f"no replica had {name} v{version} ready within {timeout_s:.0f} s")
+        last = "; ".join(f"{r.instance}: {r.detail}" for r in answer.replicas if r.detail)
+        raise PublishFailed(
+            f"{name} v{version} was ready on {ready} of {max(1, needed)} replicas within {timeout_s:.0f} s"
+            + (f" ({last})" if last else "")
+        )
 
-    async def _refused(self, name: str, version: int) -> bool:
-        return bool(_refusals(await self._hosted(name, version)))
+    async def _keep(self, model: models_pb2.Model, keep: list[int]) -> None:
+        placement = models_pb2.Placement()
+        placement.CopyFrom(model.placement)
+        placement.keep[:] = keep
+        request = models_pb2.SetPlacementRequest(model=model.name, placement=placement)
+        await self._registry(self._models.SetPlacement, request)
 
-    async def _hosted(self, name: str, version: int) -> Hosting:
-        request = instances_pb2.ListInstancesRequest(service="inference")
-        answer = await _patient(lambda: self._instances.ListInstances(request, timeout=10))
-        return [
-            (instance.id, model)
-            for instance in answer.instances
-            for model in instance.models
-            if (model.model, model.version) == (name, version)
-        ]
+    async def _model(self, name: str) -> models_pb2.Model:
+        """Without versions if it does not exist."""
+        request = models_pb2.ListModelVersionsRequest(model=name)
+        answer = await self._registry(self._models.ListModelVersions, request)
+        return answer.models[0] if answer.models else models_pb2.Model(name=name)
+
+    async def _registry(self, method: Any, request: Any) -> Any:
+        return await _patient(lambda: method(request, timeout=10, metadata=self._metadata))
 
 
-def _refusals(hosted: Hosting) -> list[str]:
-    """Every replica's reason, if all of them have refused the version."""
-    failed = [(where, m.detail) for where, m in hosted if m.state == instances_pb2.HOSTED_STATE_FAILED]
-    return [f"{where}: {detail}" for where, detail in failed] if len(failed) == len(hosted) else []
+def _held(model: models_pb2.Model, version: int) -> bool:
+    """Whether replicas load it by themselves; see services/inference/placement.py."""
+    newest = max((v.version for v in model.versions), default=0)
+    traffic = {w.version for w in model.traffic.weights} | set(model.traffic.aliases.values())
+    held = {newest, model.previous_version, model.traffic.shadow_version, *model.placement.keep, *traffic}
+    return version in held
+
+
+def _refusal(answer: models_pb2.GetModelVersionResponse) -> str:
+    """Why a version is refused for good; empty if it is not."""
+    if answer.version.stage == models_pb2.STAGE_REJECTED:
+        return answer.version.stage_detail
+    failed = [r for r in answer.replicas if r.state == instances_pb2.HOSTED_STATE_FAILED and not r.will_retry]
+    if len(failed) < len(answer.replicas):
+        return ""
+    return "; ".join(f"{r.instance}: {r.detail}" for r in failed)
 
 
 async def _patient(call: Callable[[], Awaitable[T]]) -> T:

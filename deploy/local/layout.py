@@ -35,6 +35,11 @@ class Layout:
         return self.state / "publisher.pem"
 
     @property
+    def jwks(self) -> Path:
+        """The gateway's public keys."""
+        return self.state / "gateway" / "jwks.json"
+
+    @property
     def suite_file(self) -> Path:
         """What `lingqu status` reads: ports, and the process of every part."""
         return self.state / "suite.json"

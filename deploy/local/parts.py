@@ -50,6 +50,7 @@ def parts(layout: Layout, options: Options) -> list[Part]:
             {
                 **common,
                 "LINGQU_REGISTRY_LISTEN": layout.address(at.REGISTRY),
+                "LINGQU_JWKS": str(layout.jwks),
                 "LINGQU_ETCD": layout.address(at.ETCD),
             },
         ),
@@ -63,6 +64,7 @@ def parts(layout: Layout, options: Options) -> list[Part]:
                 "LINGQU_GATEWAY_LISTEN": layout.address(at.GATEWAY),
                 "LINGQU_PUBLIC_LISTEN": layout.address(at.PUBLIC),
                 "LINGQU_SIGNING_KEY": str(layout.state / "gateway" / "signing.pem"),
+                "LINGQU_JWKS": str(layout.jwks),
                 "LINGQU_DEV_KEY": str(layout.dev_key),
             },
         ),

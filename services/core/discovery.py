@@ -4,14 +4,17 @@ that outlives the loss of the registry, of etcd and of the lease."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import random
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
+from lingqu.client import LingquError
 from lingqu.registry.v1 import instances_pb2, models_pb2
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
@@ -23,6 +26,20 @@ log = logging.getLogger(__name__)
 READY = instances_pb2.HOSTED_STATE_READY
 LOADING = instances_pb2.HOSTED_STATE_LOADING
 FAILED = instances_pb2.HOSTED_STATE_FAILED
+
+# After these, another registry may do better.
+NO_ANSWER = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+)
+# A registry that does not answer these pings is left, even if nothing was to be told. The last value holds.
+PINGS = [
+    ("grpc.keepalive_time_ms", 3_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -108,7 +125,10 @@ class Model:
 
 
 class _Update(Protocol):
+    revision: int
+    store_id: str
     snapshot: bool
+    stale: bool
     removed: Iterable[str]
     upserted: Iterable[Any]
 
@@ -116,33 +136,90 @@ class _Update(Protocol):
 V = TypeVar("V")
 
 
+class Registry:
+    """A client of the registry at one or several addresses ("host:port,host:port").
+
+    One of them is used until somebody who got no answer there says `leave`. The stubs are those of the
+    current one: take them anew for each call."""
+
+    def __init__(self, addresses: str) -> None:
+        self._channels = [
+            grpc.aio.insecure_channel(address.strip(), options=CHANNEL_OPTIONS + PINGS)
+            for address in addresses.split(",")
+        ]
+        self._use(random.choice(self._channels))  # noqa: S311 - spreads load
+
+    def _use(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.instances = RegistryServiceStub(channel)
+        self.models = ModelServiceStub(channel)
+
+    def leave(self, channel: grpc.aio.Channel) -> None:
+        """Use the next one, unless somebody has left `channel` already."""
+        if channel is self.channel:
+            self._use(self._channels[(self._channels.index(channel) + 1) % len(self._channels)])
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+    def watched_replicas(self, service: str, changed: asyncio.Event) -> Watched[Replica]:
+        def watch(revision: int, store_id: str) -> Any:
+            return self.instances.WatchInstances(
+                instances_pb2.WatchInstancesRequest(
+                    service=service, resume_revision=revision, store_id=store_id
+                )
+            )
+
+        return Watched(self, watch, lambda record: (record.id, to_replica(record)), changed)
+
+    def watched_models(self, changed: asyncio.Event) -> Watched[Model]:
+        def watch(revision: int, store_id: str) -> Any:
+            return self.models.WatchModels(
+                models_pb2.WatchModelsRequest(resume_revision=revision, store_id=store_id)
+            )
+
+        return Watched(self, watch, lambda record: (record.name, to_model(record)), changed)
+
+
 class Watched(Generic[V]):
-    """A dictionary kept current by a watch RPC of the registry. Losing the registry leaves it as it was."""
+    """A dictionary kept current by a watch RPC of the registry. Losing the registry leaves it as it was; with
+    the next one it goes on from the revision it has seen.
+
+    `connected`: a registry tells us what changes. `stale`: it says that it cannot reach etcd."""
 
     def __init__(
         self,
-        watch: Callable[[], AsyncIterator[_Update]],
+        registry: Registry,
+        watch: Callable[[int, str], AsyncIterator[_Update]],
         convert: Callable[[Any], tuple[str, V]],
         changed: asyncio.Event,
     ) -> None:
+        self._registry = registry
         self._watch = watch
         self._convert = convert
         self._changed = changed
+        self._revision = 0
+        self._store_id = ""
         self.items: dict[str, V] = {}
         self.synced = asyncio.Event()
         self.connected = False
+        self.stale = False
 
     async def run(self) -> None:
         """Follow for ever, with back-off; each change sets `changed`."""
         backoff = Backoff(most_s=1.0)
         while True:
+            channel = self._registry.channel
             try:
-                async for update in self._watch():
+                async for update in self._watch(self._revision, self._store_id):
                     backoff.reset()
                     self._apply(update)
             except grpc.aio.AioRpcError as err:
                 if self.connected or not self.synced.is_set():
                     log.warning("registry watch lost (%s); the last known state holds", err.code().name)
+                if err.code() in NO_ANSWER:
+                    self._registry.leave(channel)
             self.connected = False
             self._changed.set()
             await asyncio.sleep(backoff.delay())
@@ -153,39 +230,26 @@ class Watched(Generic[V]):
         for name in update.removed:
             self.items.pop(name, None)
         self.items.update(self._convert(record) for record in update.upserted)
+        self._revision, self._store_id = update.revision, update.store_id
         self.connected = True
+        self.stale = update.stale
         self.synced.set()
         self._changed.set()
 
 
-class Registry:
-    """A client of the registry; the channel finds it again by itself after it was away."""
-
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self.instances = RegistryServiceStub(self._channel)
-        self.models = ModelServiceStub(self._channel)
-
-    async def close(self) -> None:
-        await self._channel.close()
-
-    def watched_replicas(self, service: str, changed: asyncio.Event) -> Watched[Replica]:
-        request = instances_pb2.WatchInstancesRequest(service=service)
-        watch: Any = lambda: self.instances.WatchInstances(request)  # noqa: E731
-        return Watched(watch, lambda record: (record.id, to_replica(record)), changed)
-
-    def watched_models(self, changed: asyncio.Event) -> Watched[Model]:
-        watch: Any = lambda: self.models.WatchModels(models_pb2.WatchModelsRequest())  # noqa: E731
-        return Watched(watch, lambda record: (record.name, to_model(record)), changed)
-
-
 class Registration:
-    """Keeps one replica registered until `withdraw`; `update` tells what it serves now."""
+    """Keeps one replica registered until `withdraw`; `update` tells what it serves now.
+
+    The lease is kept through the loss of the registry and of etcd: once they are back, renewing it is
+    enough. Only when it has expired the replica registers again, under the same lease id. While another
+    process lives that was started under our id since, it is left alone."""
 
     def __init__(self, registry: Registry, replica: Replica, ttl_s: int) -> None:
         self._registry = registry
         self._replica = replica
         self._ttl_s = ttl_s
+        self._lease = 0
+        self._registered: Replica | None = None
         self._dirty = asyncio.Event()
 
     @property
@@ -196,53 +260,74 @@ class Registration:
     def update(self, models: Iterable[Hosted]) -> None:
         now = tuple(models)
         if now != self._replica.models:
-            old = self._replica
-            self._replica = Replica(old.id, old.service, old.endpoints, now, old.labels)
+            self._replica = replace(self._replica, models=now)
             self._dirty.set()
 
     async def run(self) -> None:
-        """Register, keep alive, and register again whenever the lease or the connection is lost."""
+        """Register, keep alive, and go on whenever the lease or the connection is lost."""
         backoff = Backoff(most_s=1.0)
         while True:
+            channel = self._registry.channel
             try:
-                lease = await self._register()
-                backoff.reset()
-                await self._keep(lease)
+                await self._keep(backoff)
+                delay = backoff.delay()
             except grpc.aio.AioRpcError as err:
-                log.warning("registration of %s lost: %s; registering again", self._replica.id, err.details())
-                await asyncio.sleep(backoff.delay())
+                log.warning("registration of %s: %s (%s)", self._replica.id, err.details(), err.code().name)
+                if err.code() in NO_ANSWER:
+                    self._registry.leave(channel)
+                delay = self._delay(err, backoff)
+            except TimeoutError:
+                log.warning("no answer to the keep-alive of %s", self._replica.id)
+                self._registry.leave(channel)
+                delay = 0.0
+            await asyncio.sleep(delay)
 
     async def withdraw(self) -> None:
         """Say goodbye, so that nobody waits for the lease to end; if the registry is away, it will."""
-        request = instances_pb2.DeregisterInstanceRequest(id=self._replica.id)
+        if not self._lease:
+            return
+        request = instances_pb2.DeregisterInstanceRequest(id=self._replica.id, lease_id=self._lease)
         try:
             await self._registry.instances.DeregisterInstance(request, timeout=1.0)
         except grpc.aio.AioRpcError as err:
             log.warning("could not deregister %s: %s", self._replica.id, err.details())
 
-    async def _register(self) -> int:
-        self._dirty.clear()
-        request = instances_pb2.RegisterInstanceRequest(
-            instance=to_instance(self._replica), ttl=Duration(seconds=self._ttl_s)
-        )
-        answer = await self._registry.instances.RegisterInstance(request, timeout=5.0, wait_for_ready=True)
-        return answer.lease_id
+    def _delay(self, err: grpc.aio.AioRpcError, backoff: Backoff) -> float:
+        """How long to wait after a failure: spread, as all others have just failed, too."""
+        if err.code() == grpc.StatusCode.NOT_FOUND:
+            self._registered = None
+            return random.uniform(0, min(1.0, self._ttl_s / 5))  # noqa: S311 - spreads load
+        if err.code() == grpc.StatusCode.ALREADY_EXISTS:
+            return random.uniform(0.5, 1) * self._ttl_s  # noqa: S311 - spreads load
+        return min(LingquError(err).retry_after_s or backoff.delay(), self._ttl_s / 2)
 
-    async def _keep(self, lease: int) -> None:
+    async def _register(self) -> None:
+        replica = self._replica
+        request = instances_pb2.RegisterInstanceRequest(
+            instance=to_instance(replica), ttl=Duration(seconds=self._ttl_s), lease_id=self._lease
+        )
+        answer = await self._registry.instances.RegisterInstance(request, timeout=5.0)
+        self._lease, self._registered = answer.lease_id, replica
+
+    async def _keep(self, backoff: Backoff) -> None:
+        """Raises AioRpcError, or TimeoutError if a keep-alive is not answered in time to ask another registry
+        before the lease ends."""
+        if self._registered is None:
+            await self._register()
         call: Any = self._registry.instances.KeepAlive()
         try:
             while True:
-                await call.write(instances_pb2.KeepAliveRequest(lease_id=lease))
-                async with asyncio.timeout(self._ttl_s):
+                async with asyncio.timeout(self._ttl_s / 3):
+                    with contextlib.suppress(asyncio.InvalidStateError):  # it has ended; reading tells why
+                        await call.write(instances_pb2.KeepAliveRequest(lease_id=self._lease))
                     if await call.read() is grpc.aio.EOF:
                         return
-                try:
+                backoff.reset()
+                self._dirty.clear()
+                if self._registered != self._replica:
+                    await self._register()
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._dirty.wait(), self._ttl_s / 3)
-                    lease = await self._register()
-                except TimeoutError:
-                    continue
-        except (TimeoutError, asyncio.InvalidStateError):
-            log.warning("no answer to the keep-alive of %s", self._replica.id)
         finally:
             call.cancel()
 

@@ -21,6 +21,13 @@ class LingquError(Exception):
     retry_after_s: float | None = None
 
 
+class AlreadyExists(LingquError):
+    """Somebody else has that name, and goes on having it."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    reason = "ALREADY_EXISTS"
+
+
 class InvalidInput(LingquError):
     """The caller's request is wrong; `field` is the path of the field in the request message."""
 
@@ -162,17 +169,22 @@ class BackendUnavailable(LingquError):
 
 
 class OutcomeUnknown(LingquError):
-    """A change was sent and never confirmed: it may have been made."""
+    """A change was sent and not confirmed: it may have been made."""
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "OUTCOME_UNKNOWN"
     retry_after_s = 1.0
 
     def __init__(self, why: str) -> None:
-        super().__init__(
-            f"{why}; the outcome is unknown, and trying again with the same request id (if the call has one) "
-            "is safe"
-        )
+        super().__init__(f"{why}; trying again is safe, with the same request id where the call has one")
+
+
+class StoreReplaced(LingquError):
+    """etcd was wiped or restored from a backup: what a watcher was told before does not hold any more."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "STORE_REPLACED"
+    retry_after_s = 0.1
 
 
 class StoreFull(LingquError):

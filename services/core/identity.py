@@ -10,7 +10,7 @@ from typing import Any
 
 import jwt
 
-from services.core.errors import LingquError, PermissionDenied, Unauthenticated
+from services.core.errors import BackendUnavailable, LingquError, PermissionDenied, Unauthenticated
 
 ISSUER = "lingqu"
 AUDIENCE = "lingqu"
@@ -73,6 +73,8 @@ class Callers:
             if written != self._seen:
                 self._keys = [k.key for k in jwt.PyJWKSet.from_dict(json.loads(path.read_text())).keys]
                 self._seen = written
+        except FileNotFoundError as err:
+            raise BackendUnavailable(f"the gateway has not written its key set {path} yet") from err
         except (OSError, ValueError, jwt.PyJWKSetError) as err:
             raise LingquError(f"the key set {path} cannot be read: {err}") from err
         return self._keys

@@ -9,7 +9,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -40,7 +40,7 @@ def server_stack(tracer: trace.Tracer, max_in_flight: int) -> list[grpc.aio.Serv
 
 class Layer(grpc.aio.ServerInterceptor):
     """Wraps handlers of every shape in `around`. A layer that `decodes` parses the requests inside of it, so
-    that it sees what is no message at all."""
+    that it sees what is no message at all; a handler may answer bytes, encoded once for many callers."""
 
     decodes = False
 
@@ -77,10 +77,10 @@ class Layer(grpc.aio.ServerInterceptor):
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[bool(handler.request_streaming), bool(handler.response_streaming)]
         wrapper: Any = stream if handler.response_streaming else unary
-        wrapped: Handler = make(
-            wrapper, None if decode else handler.request_deserializer, handler.response_serializer
-        )
-        return wrapped
+        encode = handler.response_serializer
+        if decode is None:
+            return cast(Handler, make(wrapper, handler.request_deserializer, encode))
+        return cast(Handler, make(wrapper, None, lambda r: r if isinstance(r, bytes) else encode(r)))
 
 
 def _decoded(decode: Any, request: Any) -> Any:

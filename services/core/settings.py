@@ -22,15 +22,13 @@ def _address(value: str) -> str:
     return value
 
 
-Address = Annotated[str, AfterValidator(_address)]
-
-
 def _addresses(value: str) -> str:
     return ",".join(_address(part.strip()) for part in value.split(","))
 
 
+Address = Annotated[str, AfterValidator(_address)]
 Addresses = Annotated[str, AfterValidator(_addresses)]
-"""One or several, separated by commas."""
+"""One or several addresses of the same thing, separated by commas."""
 
 
 def _labels(value: object) -> object:

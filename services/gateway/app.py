@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -14,10 +15,10 @@ from tritonclient.grpc import service_pb2 as _oip  # noqa: F401 - reflection sho
 
 from lingqu.gateway.v1.gateway_pb2_grpc import add_GatewayServiceServicer_to_server
 from services.core.discovery import Model, Registry, Replica, Watched
-from services.core.files import write_secret
+from services.core.files import write_secret, write_whole
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
-from services.core.settings import Address, Settings
+from services.core.settings import Address, Addresses, Settings
 from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.gateway.ads import Ads, Snapshots
@@ -39,8 +40,10 @@ class GatewaySettings(Settings):
     gateway_listen: Address = "127.0.0.1:8081"
     gateway_address: Address | None = None
     """Where Envoy reaches this process; default: gateway_listen."""
-    registry: Address = "127.0.0.1:8082"
+    registry: Addresses = "127.0.0.1:8082"
     signing_key: Path = Path(".lingqu/gateway/signing.pem")
+    jwks: Path | None = None
+    """Where the public half is written, for those who have to know callers; default: jwks.json beside it."""
     dev_key: Path | None = None
     """If set, an admin key is written there at start, valid for 30 days."""
 
@@ -83,6 +86,8 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(tracing("lingqu-gateway-control", cfg.otlp_endpoint))
         keys = KeyRing.at(cfg.signing_key)
+        jwks = cfg.jwks or cfg.signing_key.with_name("jwks.json")
+        write_whole(jwks, json.dumps(keys.jwks()).encode())
         if cfg.dev_key is not None:
             write_secret(cfg.dev_key, keys.mint("dev", admin=True).key.encode())
         registry = Registry(cfg.registry)

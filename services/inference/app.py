@@ -14,7 +14,7 @@ from lingqu.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_
 from services.core.discovery import Model, Registration, Registry, Replica, Version, Watched
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
-from services.core.settings import Address, Labels, Settings, Trusted
+from services.core.settings import Address, Addresses, Labels, Settings, Trusted
 from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.inference.agent import Agent, Limits
@@ -34,7 +34,7 @@ class InferenceSettings(Settings):
     inference_address: Address | None = None
     """Where others reach this process; default: inference_listen."""
     triton: Address = "127.0.0.1:8001"
-    registry: Address = "127.0.0.1:8082"
+    registry: Addresses = "127.0.0.1:8082"
     instance_ttl_s: int = 10
     labels: Labels = Field(default_factory=dict)
     """Of this replica, "zone=a,gpu=l4": placements choose by them."""
@@ -58,12 +58,13 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         stack.push_async_callback(registry.close)
         stack.push_async_callback(triton.close)
 
+        machine = Machine.here()
         address = cfg.inference_address or cfg.inference_listen
         replica = Replica(
             f"inference-{address.replace(':', '-')}",
             "inference",
             {"grpc": address, "oip": cfg.triton},
-            labels=cfg.labels,
+            labels={"fingerprint": machine.fingerprint, **cfg.labels},
         )
         registration = Registration(registry, replica, cfg.instance_ttl_s)
         changed = asyncio.Event()
@@ -80,7 +81,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             store,
             Repository(cfg.model_repository, parameters),
             Limits(cfg.max_sequences),
-            Machine.here(),
+            machine,
             registration.update,
         )
         stack.push_async_callback(agent.close)

@@ -12,9 +12,10 @@ from services.core.errors import Conflict, InvalidInput, NotFound
 from services.core.interceptors import Context
 from services.registry import validation
 from services.registry.commits import Commits
-from services.registry.etcd import Change, Put
+from services.registry.etcd import Put
 from services.registry.keyspace import ACCESS, CLIENTS, REVOKED
-from services.registry.mirror import Mirror
+from services.registry.mirror import Mirror, Update
+from services.registry.watching import Feed
 
 KEY_TTL_MAX_S = 366 * 86_400
 # A revocation outlives its key a little: no machine's clock is exact.
@@ -27,6 +28,7 @@ class Access(AccessServiceServicer):
     def __init__(self, mirror: Mirror, commits: Commits) -> None:
         self._mirror = mirror
         self._commits = commits
+        self._feed = Feed(mirror, ACCESS, _respond)
 
     async def SetClient(self, request: pb.SetClientRequest, context: Context) -> pb.SetClientResponse:
         if not request.HasField("client"):
@@ -88,14 +90,10 @@ class Access(AccessServiceServicer):
         keys = [pb.RevokedKey.FromString(record.value) for record in self._mirror.under(REVOKED)]
         return pb.ListRevokedKeysResponse(keys=keys, stale=self._mirror.stale)
 
-    async def WatchAccess(
+    def WatchAccess(
         self, request: pb.WatchAccessRequest, context: Context
     ) -> AsyncIterator[pb.WatchAccessResponse]:
-        snapshot = True
-        async for batch in self._mirror.follow(ACCESS):
-            last: dict[str, Change] = {change.key: change for change in batch.changes}
-            yield _update(last, batch.revision, snapshot=snapshot)
-            snapshot = False
+        return self._feed.serve(request, context)
 
 
 def lifetime_s(revoked: pb.RevokedKey, now: float) -> int:
@@ -104,21 +102,21 @@ def lifetime_s(revoked: pb.RevokedKey, now: float) -> int:
     return math.ceil(min(max(left, 0), KEY_TTL_MAX_S)) + MARGIN_S
 
 
-def _update(changes: dict[str, Change], revision: int, *, snapshot: bool) -> pb.WatchAccessResponse:
-    update = pb.WatchAccessResponse(revision=revision, snapshot=snapshot)
-    for key, change in changes.items():
-        record = change.record
+def _respond(update: Update, view: str) -> pb.WatchAccessResponse:
+    response = pb.WatchAccessResponse()
+    for change in update.changes:
+        record, key = change.record, change.key
         if key.startswith(CLIENTS):
             if record is None:
-                update.removed_clients.append(key.removeprefix(CLIENTS))
+                response.removed_clients.append(key.removeprefix(CLIENTS))
             else:
-                update.clients.append(_client(record.value, record.mod_revision))
+                response.clients.append(_client(record.value, record.mod_revision))
         elif key.startswith(REVOKED):
             if record is None:
-                update.forgotten_keys.append(key.removeprefix(REVOKED))
+                response.forgotten_keys.append(key.removeprefix(REVOKED))
             else:
-                update.revoked_keys.append(pb.RevokedKey.FromString(record.value))
-    return update
+                response.revoked_keys.append(pb.RevokedKey.FromString(record.value))
+    return response
 
 
 def _client(value: bytes, revision: int) -> pb.Client:

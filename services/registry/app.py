@@ -19,7 +19,7 @@ from lingqu.registry.v1 import (
 from services.core.identity import Callers
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
-from services.core.settings import Address, Addresses, Settings
+from services.core.settings import Address, Addresses, Settings, Trusted
 from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.registry.access import Access
@@ -33,12 +33,15 @@ from services.registry.leader import Leadership
 from services.registry.mirror import Mirror
 from services.registry.models import Models
 from services.registry.releases import Releases
+from services.registry.renewals import Renewals
 from services.registry.rollout_service import Rollouts
 from services.registry.steward import Steward
 
 SERVICES = tuple(
     f"lingqu.registry.v1.{name}Service" for name in ("Registry", "Model", "Rollout", "Access", "Backup")
 )
+# Its clients ping it every three seconds (services/core/discovery.py). The last value holds.
+PINGED = [("grpc.http2.min_ping_interval_without_data_ms", 1_000)]
 
 
 class RegistrySettings(Settings):
@@ -46,6 +49,10 @@ class RegistrySettings(Settings):
     etcd: Addresses = "127.0.0.1:2379"
     jwks: Path | None = None
     """File with the gateway's public keys, so that callers are known by their API keys; unset: nobody is."""
+    trusted_keys: Trusted = None
+    """Public keys of those who may sign artifacts; unset: signatures are not demanded."""
+    max_in_flight: int = 65_536
+    """Watches and keep-alives are calls that go on for as long as a process lives."""
 
 
 @asynccontextmanager
@@ -54,22 +61,24 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         tracer = stack.enter_context(tracing("lingqu-registry", cfg.otlp_endpoint))
         etcd = Etcd(cfg.etcd)
         stack.push_async_callback(etcd.close)
-        mirror = Mirror(etcd)
+        mirror, renewals = Mirror(etcd), Renewals(etcd)
         catalog, commits, callers = Catalog(mirror), Commits(etcd, mirror), Callers(cfg.jwks)
         releases = Releases(catalog, commits)
         conductor = Conductor(catalog, commits, releases)
         leadership = Leadership(etcd, mirror, f"{cfg.registry_listen}/{uuid.uuid4().hex[:8]}")
         steward = Steward(mirror, catalog, commits, conductor, leadership)
-        models = Models(mirror, catalog, commits, releases, conductor, callers, trusted=None)
+        models = Models(mirror, catalog, commits, releases, conductor, callers, cfg.trusted_keys)
 
-        server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
-        instances_pb2_grpc.add_RegistryServiceServicer_to_server(Instances(etcd, mirror), server)
+        server = grpc.aio.server(
+            interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS + PINGED
+        )
+        instances_pb2_grpc.add_RegistryServiceServicer_to_server(Instances(etcd, mirror, renewals), server)
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         rollouts = Rollouts(catalog, conductor, callers)
         rollouts_pb2_grpc.add_RolloutServiceServicer_to_server(rollouts, server)
         access_pb2_grpc.add_AccessServiceServicer_to_server(Access(mirror, commits), server)
         backups_pb2_grpc.add_BackupServiceServicer_to_server(Backups(etcd, mirror), server)
-        await stack.enter_async_context(background(mirror.run()))
+        await stack.enter_async_context(background(mirror.run(), renewals.run()))
         await mirror.synced()
         await stack.enter_async_context(background(leadership.run(), steward.run()))
         await stack.enter_async_context(serving(server, cfg.registry_listen, SERVICES, cfg.grace_s))

@@ -12,6 +12,8 @@ from services.registry.mirror import Mirror
 from services.registry.stages import REGISTERED
 from services.registry.traffic import main_version
 
+SHOWN = ("versions", "stages", "traffic", "policy", "placement", "rollout")
+
 
 class Catalog:
     """Reads; owns nothing."""
@@ -42,7 +44,7 @@ class Catalog:
             raise NotFound(f'model "{name}" has no version {number}')
         version = models_pb2.ModelVersion.FromString(record.value)
         stage = self._mirror.get(keyspace.stage(name, number))
-        _set_stage(version, stage.value if stage else None)
+        _set_stage(version, stage.value if stage else b"")
         return version
 
     def newest(self, name: str) -> int:
@@ -69,61 +71,41 @@ class Catalog:
 
     def _assembled(self, name: str) -> models_pb2.Model:
         model = models_pb2.Model(name=name)
-        records = self._mirror.under(keyspace.model(name) + "/")
-        for record in sorted(records, key=lambda r: precedence(r.key)):
-            merge(model, record.key, record.value, record.mod_revision)
+        stages: dict[str, bytes] = {}
+        prefix = keyspace.model(name) + "/"
+        for record in self._mirror.under(prefix):  # in the order of their keys: stages before versions
+            kind, _, number = record.key.removeprefix(prefix).partition("/")
+            match kind:
+                case "stages":
+                    stages[number] = record.value
+                case "versions":
+                    version = models_pb2.ModelVersion.FromString(record.value)
+                    _set_stage(version, stages.get(number, b""))
+                    model.versions.append(version)
+                case "traffic":
+                    _set_traffic(model, models_pb2.Model.FromString(record.value), record.mod_revision)
+                case "policy":
+                    model.policy.CopyFrom(models_pb2.Policy.FromString(record.value))
+                case "placement":
+                    model.placement.CopyFrom(models_pb2.Placement.FromString(record.value))
+                case "rollout":
+                    model.rollout.CopyFrom(rollouts_pb2.Rollout.FromString(record.value))
         return model
 
 
-def precedence(key: str) -> bool:
-    """Sorts the records of one moment for `merge`: a version comes before what is said of it."""
-    return not keyspace.is_version(key)
+def shows(key: str) -> bool:
+    """Whether a record can be seen in its model."""
+    return key.removeprefix(MODELS).split("/")[1] in SHOWN
 
 
-def merge(model: models_pb2.Model, key: str, value: bytes | None, mod_revision: int = 0) -> bool:
-    """Fold one record, or its deletion, into `model`; False if the record does not show in it."""
-    kind, _, number = key.removeprefix(keyspace.model(model.name) + "/").partition("/")
-    match kind:
-        case "versions":
-            _merge_version(model, int(number), value)
-        case "stages":
-            for version in model.versions:
-                if version.version == int(number):
-                    _set_stage(version, value)
-        case "traffic":
-            _merge_traffic(model, value, mod_revision)
-        case "policy" | "placement" | "rollout" if value is None:
-            model.ClearField(kind)
-        case "policy":
-            model.policy.CopyFrom(models_pb2.Policy.FromString(value or b""))
-        case "placement":
-            model.placement.CopyFrom(models_pb2.Placement.FromString(value or b""))
-        case "rollout":
-            model.rollout.CopyFrom(rollouts_pb2.Rollout.FromString(value or b""))
-        case _:
-            return False
-    return True
-
-
-def _merge_version(model: models_pb2.Model, number: int, value: bytes | None) -> None:
-    kept = [v for v in model.versions if v.version != number]
-    if value is not None:
-        version = models_pb2.ModelVersion.FromString(value)
-        _set_stage(version, None)
-        kept.append(version)
-    del model.versions[:]
-    model.versions.extend(sorted(kept, key=lambda v: v.version))
-
-
-def _set_stage(version: models_pb2.ModelVersion, value: bytes | None) -> None:
-    stage = models_pb2.ModelVersion.FromString(value or b"")
+def _set_stage(version: models_pb2.ModelVersion, stored: bytes) -> None:
+    stage = models_pb2.ModelVersion.FromString(stored)
     version.stage = stage.stage or REGISTERED
     version.stage_detail = stage.stage_detail
-    version.stage_time.CopyFrom(stage.stage_time if value else version.create_time)
+    version.stage_time.CopyFrom(stage.stage_time if stored else version.create_time)
 
 
-def _merge_traffic(model: models_pb2.Model, value: bytes | None, mod_revision: int) -> None:
-    stored = models_pb2.Model.FromString(value or b"")
+def _set_traffic(model: models_pb2.Model, stored: models_pb2.Model, revision: int) -> None:
     if not stored.HasField("traffic") and stored.traffic_version:  # written before there were weights
         stored.traffic.weights.add(version=stored.traffic_version, percent=100)
         if stored.previous_version:
@@ -134,4 +116,4 @@ def _merge_traffic(model: models_pb2.Model, value: bytes | None, mod_revision: i
     model.previous_release = stored.previous_release
     model.traffic_version = main_version(stored.traffic)
     model.previous_version = main_version(stored.previous_traffic)
-    model.traffic_revision = mod_revision
+    model.traffic_revision = revision

@@ -30,34 +30,40 @@ class Conductor:
     async def start(
         self, name: str, version: int, plan: rollouts_pb2.RolloutPlan, asked: Asked
     ) -> rollouts_pb2.Rollout:
-        model = self._catalog.model(name)
-        if self._releases.repeated(model, asked):
-            return model.rollout
-        policies.check_releaser(model, asked.caller, "release")
-        self.check_idle(model)
-        stable = model.traffic_version
-        if [w.percent for w in model.traffic.weights] != [100]:
-            raise NotReady(f'a rollout starts from one version with all traffic; "{name}" has not got that')
-        if stable == version:
-            raise InvalidInput("version", f"{version} has all traffic already")
-        rollout = rollouts_pb2.Rollout(
-            id=uuid.uuid4().hex[:12],
-            model=name,
-            version=version,
-            from_version=stable,
-            plan=plan,
-            state=rollouts.RUNNING,
-            actor=asked.caller.client,
-            reason=asked.reason,
-        )
-        rollout.create_time.GetCurrentTime()
-        rollout.step_time.CopyFrom(rollout.create_time)
-        after = traffic.canary(model, stable, version, plan.steps[0].percent)
-        self._releases.admissible(model, after, gate=True)
-        pace = await self._releases.pace(model)
-        timed = await self._timed(rollout, rollouts.wait_s(rollout))
-        done = await self._releases.carry_out(model, traffic.forward(model, after), asked, pace, timed)
-        return done.rollout
+        """Raises the errors of a release."""
+
+        async def attempt(model: models_pb2.Model) -> rollouts_pb2.Rollout:
+            if self._releases.repeated(model, asked):
+                return model.rollout
+            policies.check_releaser(model, asked.caller, "release")
+            self.check_idle(model)
+            stable = model.traffic_version
+            if [w.percent for w in model.traffic.weights] != [100]:
+                raise NotReady(
+                    f'a rollout starts from one version with all traffic; "{name}" has not got that'
+                )
+            if stable == version:
+                raise InvalidInput("version", f"{version} has all traffic already")
+            rollout = rollouts_pb2.Rollout(
+                id=uuid.uuid4().hex[:12],
+                model=name,
+                version=version,
+                from_version=stable,
+                plan=plan,
+                state=rollouts.RUNNING,
+                actor=asked.caller.client,
+                reason=asked.reason,
+            )
+            rollout.create_time.GetCurrentTime()
+            rollout.step_time.CopyFrom(rollout.create_time)
+            after = traffic.canary(model, stable, version, plan.steps[0].percent)
+            self._releases.admissible(model, after, gate=True)
+            pace = await self._releases.pace(model)
+            timed = await self._timed(rollout, rollouts.wait_s(rollout))
+            done = await self._releases.carry_out(model, traffic.forward(model, after), asked, pace, timed)
+            return done.rollout
+
+        return await self._releases.settled(name, attempt)
 
     async def report(
         self, name: str, rollout_id: str, report: rollouts_pb2.VerdictReport

@@ -46,11 +46,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`record` is None when the key was deleted, at `revision`."""
+    """`record` is None when the key was deleted, at `revision`. `before` is what the mirror had there."""
 
     key: str
     record: Record | None
     revision: int
+    before: Record | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,15 @@ class Etcd:
             timeout_s=timeout_s,
         )
         return [_record(kv) for kv in answer.kvs], answer.header.revision
+
+    async def get(self, key: str) -> Record | None:
+        """One record; never older than the last commit."""
+        request = pb.RangeRequest(key=key.encode())
+        answer = await self.members.call(
+            lambda member, timeout: member.kv.Range(request, timeout=timeout, metadata=METADATA),
+            repeatable=True,
+        )
+        return _record(answer.kvs[0]) if answer.kvs else None
 
     async def commit(
         self, puts: Sequence[Put], only_if: Sequence[Unchanged] = (), deletes: Sequence[str] = ()
@@ -171,16 +181,17 @@ class Etcd:
             return 0
         return int(answer.TTL)
 
-    async def revoke(self, lease: int) -> None:
-        """End a lease and delete its keys. One that is gone already is no error."""
+    async def revoke(self, lease: int) -> int:
+        """End a lease and delete its keys; returns the revision, 0 if it was gone already."""
         request = pb.LeaseRevokeRequest(ID=lease)
         try:
-            await self.members.call(
+            answer = await self.members.call(
                 lambda member, timeout: member.lease.LeaseRevoke(request, timeout=timeout, metadata=METADATA),
                 repeatable=True,
             )
         except LeaseExpired:
-            return
+            return 0
+        return int(answer.header.revision)
 
     async def renew(self, leases: AsyncIterator[int]) -> AsyncGenerator[tuple[int, int], None]:
         """Renew each lease of `leases`; yields (lease, seconds left), 0 for one that has expired."""

@@ -1,28 +1,33 @@
-"""`RegistryService`: instances, each bound to an etcd lease."""
+"""`RegistryService`: instances, each bound to an etcd lease of its own. The lease's id is what tells a
+process from another one that was started under the same instance id."""
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 
 from google.protobuf.duration_pb2 import Duration
 
 from lingqu.registry.v1 import instances_pb2 as pb
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceServicer
-from services.core.errors import InvalidInput, LeaseExpired
+from services.core.errors import AlreadyExists, BackendUnavailable, Conflict, InvalidInput, LeaseExpired
 from services.core.interceptors import Context
 from services.registry import validation
-from services.registry.etcd import Etcd, Put
-from services.registry.mirror import PREFIX, Mirror
+from services.registry.etcd import Etcd, Put, Record, Unchanged
+from services.registry.keyspace import INSTANCES
+from services.registry.mirror import Mirror, Update
+from services.registry.renewals import Renewals
+from services.registry.watching import Feed
 
-INSTANCES = f"{PREFIX}instances/"
+REGISTER_TRIES = 4
 
 
 class Instances(RegistryServiceServicer):
-    def __init__(self, etcd: Etcd, mirror: Mirror) -> None:
+    def __init__(self, etcd: Etcd, mirror: Mirror, renewals: Renewals) -> None:
         self._etcd = etcd
         self._mirror = mirror
+        self._renewals = renewals
+        self._feed = Feed(mirror, INSTANCES, _respond)
 
     async def RegisterInstance(
         self, request: pb.RegisterInstanceRequest, context: Context
@@ -31,53 +36,60 @@ class Instances(RegistryServiceServicer):
             raise InvalidInput("instance", "is required")
         instance = validation.instance(request.instance)
         ttl = validation.ttl_s(request.ttl if request.HasField("ttl") else None)
-        key = INSTANCES + instance.id
+        if request.lease_id < 0:
+            raise InvalidInput("lease_id", "is one that RegisterInstance returned, or 0")
+        key, value = INSTANCES + instance.id, instance.SerializeToString()
         known = self._mirror.get(key)
-        revision = lease = 0
-        if known is not None:
-            lease, revision = known.lease, await self._replace(key, instance, known.lease)
-        if not revision:
-            lease = await self._etcd.grant(ttl)
-            revision = await self._etcd.commit([Put(key, instance.SerializeToString(), lease)])
-        await self._mirror.reached(revision)
-        return pb.RegisterInstanceResponse(lease_id=lease, ttl=Duration(seconds=ttl), revision=revision)
+        for _ in range(REGISTER_TRIES):
+            lease = await self._lease(known, request.lease_id, ttl)
+            only_if = [Unchanged(key, known.mod_revision if known else 0)]
+            with contextlib.suppress(LeaseExpired):  # just now; then its record is gone as well
+                if revision := await self._etcd.commit([Put(key, value, lease)], only_if):
+                    await self._release(known, lease)
+                    await self._mirror.reached(revision)
+                    return pb.RegisterInstanceResponse(
+                        lease_id=lease, ttl=Duration(seconds=ttl), revision=revision
+                    )
+            known = await self._etcd.get(key)  # somebody else was faster, or our copy is behind
+        raise Conflict(f'"{instance.id}" is being registered by others at the same time; try again')
 
-    async def _replace(self, key: str, instance: pb.Instance, lease: int) -> int:
-        """Write under the lease the instance has; 0 if that lease has just expired."""
-        try:
-            return await self._etcd.commit([Put(key, instance.SerializeToString(), lease)])
-        except LeaseExpired:
-            return 0
+    async def _lease(self, known: Record | None, held: int, ttl_s: int) -> int:
+        """The lease to write under, for a caller that holds `held`."""
+        if known is None:
+            return await self._etcd.grant(ttl_s, held)
+        if known.lease == held:
+            return held
+        if held:
+            raise AlreadyExists("another process has registered under this id since, and lives")
+        return await self._etcd.grant(ttl_s)
+
+    async def _release(self, known: Record | None, lease: int) -> None:
+        """End the lease of a predecessor, so that it learns of its successor with its next keep-alive."""
+        if known is not None and known.lease not in (0, lease):
+            with contextlib.suppress(BackendUnavailable):  # it ends by itself
+                await self._etcd.revoke(known.lease)
 
     async def KeepAlive(
         self, request_iterator: AsyncIterator[pb.KeepAliveRequest], context: Context
     ) -> AsyncIterator[pb.KeepAliveResponse]:
-        # One at a time: what is wrong with a request must reach this handler, not etcd's call.
-        leases: asyncio.Queue[int] = asyncio.Queue()
-
-        async def queued() -> AsyncIterator[int]:
-            while True:
-                yield await leases.get()
-
-        async with aclosing(self._etcd.renew(queued())) as renewed:
-            async for request in request_iterator:
-                if request.lease_id <= 0:
-                    raise InvalidInput("lease_id", "is required; RegisterInstance returns it")
-                leases.put_nowait(request.lease_id)
-                lease, left_s = await anext(renewed)
-                if not left_s:
-                    raise LeaseExpired(f"lease {lease} has expired; register again")
-                yield pb.KeepAliveResponse(lease_id=lease, ttl=Duration(seconds=left_s))
+        async for request in request_iterator:
+            if request.lease_id <= 0:
+                raise InvalidInput("lease_id", "is required; RegisterInstance returns it")
+            left_s = await self._renewals.renew(request.lease_id)
+            if not left_s:
+                raise LeaseExpired(f"lease {request.lease_id} has expired; register again")
+            yield pb.KeepAliveResponse(lease_id=request.lease_id, ttl=Duration(seconds=left_s))
 
     async def DeregisterInstance(
         self, request: pb.DeregisterInstanceRequest, context: Context
     ) -> pb.DeregisterInstanceResponse:
         key = INSTANCES + validation.instance_id("id", request.id)
         known = self._mirror.get(key)
-        revision = await self._etcd.delete(key)
-        if known is not None and known.lease:
-            await self._etcd.revoke(known.lease)
-        await self._mirror.reached(revision)
+        if known is None or request.lease_id not in (0, known.lease):
+            known = await self._etcd.get(key)  # our copy may be behind
+        if known is not None and request.lease_id in (0, known.lease):
+            # Takes the record along if, and only if, it still is under this lease.
+            await self._mirror.reached(await self._etcd.revoke(known.lease))
         return pb.DeregisterInstanceResponse()
 
     async def ListInstances(
@@ -93,30 +105,28 @@ class Instances(RegistryServiceServicer):
             stale=self._mirror.stale,
         )
 
-    async def WatchInstances(
+    def WatchInstances(
         self, request: pb.WatchInstancesRequest, context: Context
     ) -> AsyncIterator[pb.WatchInstancesResponse]:
-        snapshot = True
-        shown: set[str] = set()
-        async for batch in self._mirror.follow(INSTANCES):
-            upserted: dict[str, pb.Instance] = {}
-            removed: list[str] = []
-            for change in batch.changes:
-                name = change.key.removeprefix(INSTANCES)
-                instance = None if change.record is None else pb.Instance.FromString(change.record.value)
-                if instance is not None and _matches(instance, request.service):
-                    upserted[name] = instance
-                    shown.add(name)
-                elif name in shown:
-                    upserted.pop(name, None)
-                    removed.append(name)
-                    shown.discard(name)
-            if snapshot or upserted or removed:
-                gone = [name for name in removed if name not in upserted]
-                yield pb.WatchInstancesResponse(
-                    revision=batch.revision, snapshot=snapshot, upserted=upserted.values(), removed=gone
-                )
-            snapshot = False
+        return self._feed.serve(request, context, request.service)
+
+
+def _respond(update: Update, service: str) -> pb.WatchInstancesResponse:
+    response = pb.WatchInstancesResponse()
+    for change in update.changes:
+        if (now := _shown(change.record, service)) is not None:
+            response.upserted.append(now)
+        elif _shown(change.before, service) is not None:
+            response.removed.append(change.key.removeprefix(INSTANCES))
+    return response
+
+
+def _shown(record: Record | None, service: str) -> pb.Instance | None:
+    """The record's instance if there is one and a watcher of `service` sees it."""
+    if record is None:
+        return None
+    instance = pb.Instance.FromString(record.value)
+    return instance if _matches(instance, service) else None
 
 
 def _matches(instance: pb.Instance, service: str) -> bool:

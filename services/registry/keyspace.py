@@ -19,6 +19,10 @@ REVOKED = f"{PREFIX}access/revoked/"
 ACCESS = f"{PREFIX}access/"
 LEADER = f"{PREFIX}leader"
 RESTORING = f"{PREFIX}restoring"
+# A random text, written once: who resumes with another one has known another store.
+STORE = f"{PREFIX}store"
+# Written to see that the watch has come as far as a revision.
+MARK = f"{PREFIX}mark"
 
 
 def model(name: str, *rest: str) -> str:
@@ -35,11 +39,6 @@ def stage(name: str, number: int) -> str:
 
 def release(name: str, number: int) -> str:
     return model(name, "releases", f"{number:08d}")
-
-
-def is_version(key: str) -> bool:
-    """Whether a key under MODELS is that of a version itself."""
-    return key.removeprefix(MODELS).partition("/")[2].startswith("versions/")
 
 
 def model_of(key: str) -> str:

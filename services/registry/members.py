@@ -101,7 +101,8 @@ class Members:
                     raise error from err
                 self.leave(member)
                 if not repeatable and not any(text in (err.details() or "") for text in _UNTOUCHED):
-                    raise OutcomeUnknown(f"etcd did not confirm the change ({err.details()})") from err
+                    text = f"etcd did not confirm the change ({err.details()}): its outcome is unknown"
+                    raise OutcomeUnknown(text) from err
                 if not left:
                     self.away = True
                     raise error from err

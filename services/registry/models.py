@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Protocol
 
 from lingqu.registry.v1 import models_pb2 as pb
@@ -11,13 +12,14 @@ from services.core.errors import Conflict, InvalidInput, NotReady
 from services.core.identity import Callers
 from services.core.interceptors import Context
 from services.registry import keyspace, policies, stages, traffic, validation
-from services.registry.catalog import Catalog, merge, precedence
+from services.registry.catalog import Catalog, shows
 from services.registry.commits import Commits
 from services.registry.conductor import Conductor
 from services.registry.etcd import Put, Unchanged
 from services.registry.keyspace import MODELS
-from services.registry.mirror import Mirror
-from services.registry.releases import NOTHING, Asked, Releases
+from services.registry.mirror import Mirror, Update
+from services.registry.releases import Asked, Releases
+from services.registry.watching import Feed
 
 CREATE_TRIES = 16
 REQUEST_TTL_S = 86_400
@@ -48,6 +50,7 @@ class Models(ModelServiceServicer):
         self._conductor = conductor
         self._callers = callers
         self._trusted = trusted
+        self._feed = Feed(mirror, MODELS, self._respond, reads_mirror=True)
 
     async def CreateModelVersion(
         self, request: pb.CreateModelVersionRequest, context: Context
@@ -90,7 +93,9 @@ class Models(ModelServiceServicer):
         return pb.GetModelVersionResponse(
             version=self._catalog.version(name, request.version),
             replicas=[
-                pb.VersionReplica(instance=instance, state=held.state, detail=held.detail)
+                pb.VersionReplica(
+                    instance=instance, state=held.state, detail=held.detail, will_retry=held.will_retry
+                )
                 for instance, held in self._catalog.hosting(name, request.version)
             ],
         )
@@ -109,45 +114,49 @@ class Models(ModelServiceServicer):
     async def SetTraffic(self, request: pb.SetTrafficRequest, context: Context) -> pb.SetTrafficResponse:
         weights = validation.weights(request)
         asked = self._asked(pb.RELEASE_KIND_SET_TRAFFIC, request, context)
-        model = self._catalog.model(validation.model_name("model", request.model))
-        after = traffic.split(model, weights, request.shadow_version)
-        return pb.SetTrafficResponse(model=await self._release(model, after, asked))
+        name = validation.model_name("model", request.model)
+        change = partial(traffic.split, weights=weights, shadow=request.shadow_version)
+        return pb.SetTrafficResponse(model=await self._release(name, change, asked))
 
     async def PromoteModelVersion(
         self, request: pb.PromoteModelVersionRequest, context: Context
     ) -> pb.PromoteModelVersionResponse:
         asked = self._asked(pb.RELEASE_KIND_PROMOTE, request, context)
-        model = self._catalog.model(validation.model_name("model", request.model))
-        self._catalog.version(model.name, request.version)
-        after = traffic.all_to(model, request.version)
-        return pb.PromoteModelVersionResponse(model=await self._release(model, after, asked))
+        name = validation.model_name("model", request.model)
+        change = partial(traffic.all_to, version=request.version)
+        return pb.PromoteModelVersionResponse(model=await self._release(name, change, asked))
 
     async def RollbackModel(
         self, request: pb.RollbackModelRequest, context: Context
     ) -> pb.RollbackModelResponse:
         asked = self._asked(pb.RELEASE_KIND_ROLLBACK, request, context)
-        model = self._catalog.model(validation.model_name("model", request.model))
-        if self._releases.repeated(model, asked):
-            return pb.RollbackModelResponse(model=model)
-        policies.check_releaser(model, asked.caller, "roll back")
-        state = traffic.back(model, self._releases.history(model.name))
-        self._releases.admissible(model, state.traffic, gate=False, needed=1)
-        settled = self._conductor.settled(model, asked.caller)
-        return pb.RollbackModelResponse(model=await self._releases.carry_out(model, state, asked, settled))
+
+        async def attempt(model: pb.Model) -> pb.Model:
+            if self._releases.repeated(model, asked):
+                return model
+            policies.check_releaser(model, asked.caller, "roll back")
+            state = traffic.back(model, self._releases.history(model.name))
+            self._releases.admissible(model, state.traffic, gate=False, needed=1)
+            settled = self._conductor.settled(model, asked.caller)
+            return await self._releases.carry_out(model, state, asked, settled)
+
+        name = validation.model_name("model", request.model)
+        return pb.RollbackModelResponse(model=await self._releases.settled(name, attempt))
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         alias = validation.alias(request.alias)
         asked = self._asked(pb.RELEASE_KIND_ALIAS, request, context)
-        model = self._catalog.model(validation.model_name("model", request.model))
-        if self._releases.repeated(model, asked):
-            return pb.SetAliasResponse(model=model)
-        policies.check_releaser(model, asked.caller, "name versions of")
-        after = traffic.named(model, alias, request.version)
-        if after == model.traffic:
-            return pb.SetAliasResponse(model=model)
-        self._releases.admissible(model, after, gate=False, needed=1)
-        state = traffic.aside(model, after)
-        return pb.SetAliasResponse(model=await self._releases.carry_out(model, state, asked, NOTHING))
+
+        async def attempt(model: pb.Model) -> pb.Model:
+            after = traffic.named(model, alias, request.version)
+            if self._releases.repeated(model, asked) or after == model.traffic:
+                return model
+            policies.check_releaser(model, asked.caller, "name versions of")
+            self._releases.admissible(model, after, gate=False, needed=1)
+            return await self._releases.carry_out(model, traffic.aside(model, after), asked)
+
+        name = validation.model_name("model", request.model)
+        return pb.SetAliasResponse(model=await self._releases.settled(name, attempt))
 
     async def ListReleases(
         self, request: pb.ListReleasesRequest, context: Context
@@ -191,30 +200,16 @@ class Models(ModelServiceServicer):
         version = await self._restage(request, stages.REGISTERED, context)
         return pb.RestoreModelVersionResponse(version=version)
 
-    async def WatchModels(
+    def WatchModels(
         self, request: pb.WatchModelsRequest, context: Context
     ) -> AsyncIterator[pb.WatchModelsResponse]:
-        models: dict[str, pb.Model] = {}
-        snapshot = True
-        async for batch in self._mirror.follow(MODELS):
-            touched: dict[str, None] = {}
-            for change in sorted(batch.changes, key=lambda c: precedence(c.key)):
-                name = keyspace.model_of(change.key)
-                model = models.setdefault(name, pb.Model(name=name))
-                value, revision = (
-                    (change.record.value, change.record.mod_revision) if change.record else (None, 0)
-                )
-                if merge(model, change.key, value, revision):
-                    touched[name] = None
-            removed = [name for name in touched if not models[name].versions]
-            for name in removed:
-                del models[name]
-            if snapshot or touched:
-                upserted = [models[name] for name in touched if name in models]
-                yield pb.WatchModelsResponse(
-                    revision=batch.revision, snapshot=snapshot, upserted=upserted, removed=removed
-                )
-            snapshot = False
+        return self._feed.serve(request, context)
+
+    def _respond(self, update: Update, view: str) -> pb.WatchModelsResponse:
+        names = sorted({keyspace.model_of(c.key) for c in update.changes if shows(c.key)})
+        models = {model.name: model for name in names for model in self._catalog.models(name)}
+        removed = [name for name in names if name not in models]
+        return pb.WatchModelsResponse(upserted=models.values(), removed=removed)
 
     def _asked(
         self,
@@ -233,18 +228,23 @@ class Models(ModelServiceServicer):
             request.expected_revision,
         )
 
-    async def _release(self, model: pb.Model, after: pb.Traffic, asked: Asked) -> pb.Model:
+    async def _release(self, name: str, change: Callable[[pb.Model], pb.Traffic], asked: Asked) -> pb.Model:
         """A release as the policy governs it. Nothing to change is no release."""
-        if self._releases.repeated(model, asked):
-            return model
-        policies.check_releaser(model, asked.caller, "release")
-        self._conductor.check_idle(model)
-        self._releases.admissible(model, after, gate=True)
-        if after == model.traffic and model.HasField("traffic"):
-            return model
-        pace = await self._releases.pace(model)
-        settled = self._conductor.settled(model, asked.caller)
-        return await self._releases.carry_out(model, traffic.forward(model, after), asked, pace, settled)
+
+        async def attempt(model: pb.Model) -> pb.Model:
+            if self._releases.repeated(model, asked):
+                return model
+            policies.check_releaser(model, asked.caller, "release")
+            self._conductor.check_idle(model)
+            after = change(model)
+            self._releases.admissible(model, after, gate=True)
+            if after == model.traffic and model.last_release:
+                return model
+            pace = await self._releases.pace(model)
+            settled = self._conductor.settled(model, asked.caller)
+            return await self._releases.carry_out(model, traffic.forward(model, after), asked, pace, settled)
+
+        return await self._releases.settled(name, attempt)
 
     async def _replace(self, key: str, value: pb.Policy | pb.Placement) -> None:
         unchanged = self._commits.unchanged(key)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lingqu.registry.v1 import models_pb2 as pb
 from services.core.errors import Conflict, TooSoon
@@ -13,6 +15,8 @@ from services.registry.catalog import Catalog
 from services.registry.commits import Commits
 from services.registry.etcd import Put, Unchanged
 from services.registry.stages import Holdings
+
+T = TypeVar("T")
 
 HISTORY = 1000
 RETRIES_REMEMBERED = 100
@@ -47,6 +51,19 @@ class Releases:
     def __init__(self, catalog: Catalog, commits: Commits) -> None:
         self._catalog = catalog
         self._commits = commits
+
+    async def settled(self, name: str, attempt: Callable[[pb.Model], Awaitable[T]]) -> T:
+        """Run `attempt` on a model; again, if what got in its way was not another release but, say, the
+        registry itself, which has moved one of the versions to its next stage."""
+        for last in (False, False, True):
+            model = self._catalog.model(name)
+            try:
+                return await attempt(model)
+            except Conflict:
+                await self._commits.caught_up()
+                if last or self._catalog.model(name).traffic_revision != model.traffic_revision:
+                    raise
+        raise AssertionError
 
     def repeated(self, model: pb.Model, asked: Asked) -> bool:
         """Whether this request was carried out already. Raises Conflict if its condition does not hold."""

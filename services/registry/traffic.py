@@ -58,7 +58,7 @@ def back(model: pb.Model, history: History) -> pb.Model:
     """The traffic before the release in effect. Names that people gave stay as they are.
 
     Raises NothingToRollBack where there is none, or history does not reach that far."""
-    if not model.previous_release:
+    if not model.previous_release and not model.previous_traffic.weights:
         raise NothingToRollBack(f'"{model.name}" has had no other traffic that could be gone back to')
     goal = model.previous_traffic
     moved = {name: v for name, v in goal.aliases.items() if name in (STABLE, CANARY)}

@@ -17,6 +17,7 @@ from lingqu.registry.v1 import models_pb2
 from services.core.discovery import READY, Hosted, Registration, Registry, Replica, VersionKey
 from services.core.errors import SlowWatcher
 from services.core.tasks import background
+from services.registry import keyspace
 from services.registry import mirror as mirrors
 from services.registry.app import RegistrySettings, running
 from services.registry.etcd import Etcd, Put
@@ -44,8 +45,10 @@ async def registry(etcd_server: EtcdServer) -> AsyncIterator[Registry]:
         yield client
 
 
-async def register(registry: Registry, instance: pb.Instance = INSTANCE, ttl_s: int = 10) -> int:
-    request = pb.RegisterInstanceRequest(instance=instance, ttl=Duration(seconds=ttl_s))
+async def register(
+    registry: Registry, instance: pb.Instance = INSTANCE, ttl_s: int = 10, lease: int = 0
+) -> int:
+    request = pb.RegisterInstanceRequest(instance=instance, ttl=Duration(seconds=ttl_s), lease_id=lease)
     answer = await registry.instances.RegisterInstance(request, timeout=5)
     return answer.lease_id
 
@@ -84,7 +87,7 @@ async def test_a_registered_instance_is_listed_at_once(registry: Registry) -> No
 async def test_registering_again_replaces_the_record_under_the_same_lease(registry: Registry) -> None:
     lease = await register(registry)
     changed = pb.Instance(id="i1", service="inference", endpoints={"grpc": "127.0.0.1:2"})
-    assert await register(registry, changed) == lease
+    assert await register(registry, changed, lease=lease) == lease
     answer = await registry.instances.ListInstances(pb.ListInstancesRequest(), timeout=5)
     assert answer.instances[0].endpoints["grpc"] == "127.0.0.1:2"
 
@@ -130,10 +133,10 @@ async def test_a_watch_that_breaks_while_it_catches_up_misses_nothing(etcd_serve
     """etcd splits a backlog; each part is followed up from where it ended, not from the store's revision."""
     etcd = Etcd(etcd_server.address)
     for number in range(1500):
-        await etcd.commit([Put(f"{mirrors.PREFIX}{number % 7}", str(number).encode())])
+        await etcd.commit([Put(f"{keyspace.PREFIX}{number % 7}", str(number).encode())])
     seen, start = 0, 1
     while seen < 1500:
-        stream = etcd.watch(mirrors.PREFIX, start)
+        stream = etcd.watch(keyspace.PREFIX, start)
         assert not (await asyncio.wait_for(anext(stream), 5)).changes
         batch = await asyncio.wait_for(anext(stream), 5)
         await stream.aclose()
@@ -195,11 +198,10 @@ async def test_a_watcher_that_does_not_read_is_cut_off(
     etcd = Etcd(etcd_server.address)
     mirror = mirrors.Mirror(etcd)
     async with background(mirror.run()):
-        stream = mirror.follow(mirrors.PREFIX)
+        stream = mirror.follow(keyspace.PREFIX)
         await anext(stream)
-        for number in range(10):
-            revision = await etcd.commit([Put(f"{mirrors.PREFIX}k{number}", b"")])
-        await mirror.reached(revision)
+        for number in range(10):  # one update each
+            await mirror.reached(await etcd.commit([Put(f"{keyspace.PREFIX}k{number}", b"")]))
         with pytest.raises(SlowWatcher):
             await _read_all(stream)
     await etcd.close()
@@ -325,20 +327,20 @@ async def test_a_compaction_behind_the_mirror_loses_nothing(etcd_server: EtcdSer
     etcd = Etcd(etcd_server.address)
     mirror = mirrors.Mirror(etcd)
     for key in ("stays", "goes", "changes"):
-        await etcd.commit([Put(f"{mirrors.PREFIX}{key}", b"1")])
+        await etcd.commit([Put(f"{keyspace.PREFIX}{key}", b"1")])
     follower = asyncio.create_task(mirror.run())
-    stream = mirror.follow(mirrors.PREFIX)
+    stream = mirror.follow(keyspace.PREFIX)
     await anext(stream)
     follower.cancel()
     await asyncio.gather(follower, return_exceptions=True)
-    await etcd.delete(f"{mirrors.PREFIX}goes")
-    await etcd.commit([Put(f"{mirrors.PREFIX}changes", b"2")])
-    revision = await etcd.commit([Put(f"{mirrors.PREFIX}comes", b"1")])
+    await etcd.delete(f"{keyspace.PREFIX}goes")
+    await etcd.commit([Put(f"{keyspace.PREFIX}changes", b"2")])
+    revision = await etcd.commit([Put(f"{keyspace.PREFIX}comes", b"1")])
     async with grpc.aio.insecure_channel(etcd_server.address) as channel:
         await stubs.KVStub(channel).Compact(stubs.CompactionRequest(revision=revision, physical=True))
     async with background(mirror.run()):
         batch = await asyncio.wait_for(anext(stream), 5)
-    changes = {c.key.removeprefix(mirrors.PREFIX): c.record and c.record.value for c in batch.changes}
+    changes = {c.key.removeprefix(keyspace.PREFIX): c.record and c.record.value for c in batch.changes}
     assert changes == {"goes": None, "changes": b"2", "comes": b"1"}
     await etcd.close()
 

@@ -22,7 +22,7 @@ def made(*names: str, replicas: int = 1) -> Snapshot:
         Replica(f"r{i}", "inference", {"oip": f"10.0.0.{i}:1"}, tuple(Hosted(v.key, READY) for v in versions))
         for i in range(1, replicas + 1)
     ]
-    return snapshot(view(alive, [Model(v.key.model, (v,), 1, 0) for v in versions]), ENTRY)
+    return snapshot(view(alive, [Model(v.key.model, (v,), ((1, 100),)) for v in versions]), ENTRY)
 
 
 class Envoy:
