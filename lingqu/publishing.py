@@ -74,7 +74,7 @@ class Publisher:
 
     async def loaded(self, name: str, version: int, timeout_s: float) -> bool:
         """Wait until as many replicas have a version ready as its model's policy asks. True if replicas would
-        not hold it by themselves, because it is an old one, and were told to keep it. Raises PublishFailed."""
+        not hold it by themselves, since it is an old one, and were told to keep it. Raises PublishFailed."""
         model = await self._model(name)
         held = _held(model, version)
         if not held:
@@ -115,9 +115,9 @@ class Publisher:
 
     async def _known(self, name: str, artifact: Artifact) -> int | None:
         """The version that is this artifact at this place already; one that was taken off line comes back."""
+        record = artifact.record(name)
         for version in reversed((await self._model(name)).versions):
-            known = version.artifact
-            if (known.sha256, known.uri, known.signer) == (artifact.sha256, artifact.uri, artifact.signer):
+            if _same(version, record):
                 if version.stage in (models_pb2.STAGE_REJECTED, models_pb2.STAGE_RETIRED):
                     request = models_pb2.RestoreModelVersionRequest(
                         model=name, version=version.version, reason="published again"
@@ -167,6 +167,15 @@ class Publisher:
 
     async def _registry(self, method: Any, request: Any) -> Any:
         return await _patient(lambda: method(request, timeout=10, metadata=self._metadata))
+
+
+def _same(version: models_pb2.ModelVersion, record: models_pb2.ModelVersion) -> bool:
+    """Whether a version is what `record` would make, apart from what the registry sets itself."""
+    said = models_pb2.ModelVersion()
+    said.CopyFrom(version)
+    for name in ("version", "create_time", "creator", "stage", "stage_detail", "stage_time"):
+        said.ClearField(name)
+    return said == record
 
 
 def _held(model: models_pb2.Model, version: int) -> bool:

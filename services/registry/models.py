@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Protocol
 
 from lingqu.registry.v1 import models_pb2 as pb
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceServicer
 from services.core.errors import Conflict, InvalidInput, NotReady
 from services.core.identity import Callers
 from services.core.interceptors import Context
+from services.core.signing import SignatureRefused, TrustedKeys
 from services.registry import keyspace, policies, stages, traffic, validation
 from services.registry.catalog import Catalog, shows
 from services.registry.commits import Commits
@@ -25,13 +25,6 @@ CREATE_TRIES = 16
 REQUEST_TTL_S = 86_400
 
 
-class Signatures(Protocol):
-    """Who may sign artifacts."""
-
-    def verify(self, model: str, sha256: str, signature: bytes, signer: str) -> None:
-        """Raises ValueError, saying what is wrong."""
-
-
 class Models(ModelServiceServicer):
     def __init__(
         self,
@@ -41,7 +34,7 @@ class Models(ModelServiceServicer):
         releases: Releases,
         conductor: Conductor,
         callers: Callers,
-        trusted: Signatures | None,
+        trusted: TrustedKeys | None,
     ) -> None:
         self._mirror = mirror
         self._catalog = catalog
@@ -282,5 +275,5 @@ class Models(ModelServiceServicer):
             artifact = version.artifact
             try:
                 self._trusted.verify(version.model, artifact.sha256, artifact.signature, artifact.signer)
-            except ValueError as err:
+            except SignatureRefused as err:
                 raise InvalidInput("version.artifact.signature", str(err)) from err
