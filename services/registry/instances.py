@@ -64,7 +64,8 @@ class Instances(RegistryServiceServicer):
         return await self._etcd.grant(ttl_s)
 
     async def _release(self, known: Record | None, lease: int) -> None:
-        """End the lease of a predecessor, so that it learns of its successor with its next keep-alive."""
+        """End the lease of a record that is not under it any more, so that its holder learns of that with its
+        next keep-alive."""
         if known is not None and known.lease not in (0, lease):
             with contextlib.suppress(BackendUnavailable):  # it ends by itself
                 await self._etcd.revoke(known.lease)
@@ -84,13 +85,16 @@ class Instances(RegistryServiceServicer):
         self, request: pb.DeregisterInstanceRequest, context: Context
     ) -> pb.DeregisterInstanceResponse:
         key = INSTANCES + validation.instance_id("id", request.id)
-        known = self._mirror.get(key)
-        if known is None or request.lease_id != known.lease:
+        for _ in range(REGISTER_TRIES):
             known = await self._etcd.get(key)  # our copy may be behind
-        if known is not None and request.lease_id in (0, known.lease):
-            # Takes the record along if, and only if, it still is under this lease.
-            await self._mirror.reached(await self._etcd.revoke(known.lease))
-        return pb.DeregisterInstanceResponse()
+            if known is None or request.lease_id not in (0, known.lease):
+                return pb.DeregisterInstanceResponse()
+            # Not by ending its lease: a successor may have taken the record over, and would stay.
+            if revision := await self._etcd.commit([], [Unchanged(key, known.mod_revision)], [key]):
+                await self._release(known, 0)
+                await self._mirror.reached(revision)
+                return pb.DeregisterInstanceResponse()
+        raise Conflict(f'"{request.id}" is being registered by others at the same time; try again')
 
     async def ListInstances(
         self, request: pb.ListInstancesRequest, context: Context
