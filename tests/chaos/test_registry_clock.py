@@ -51,8 +51,8 @@ class Jumping:
 
 
 def libfaketime() -> Path:
-    folders = ("/usr/lib", "/usr/local/lib")
-    found = [library for folder in folders for library in Path(folder).glob("**/libfaketimeMT.so.1")]
+    folders = ("lib", "lib64", "lib/*-linux-gnu", "local/lib")
+    found = [at for folder in folders for at in Path("/usr").glob(f"{folder}/faketime/libfaketimeMT.so.1")]
     return found[0] if found else missing("libfaketime (Debian's package faketime)")
 
 

@@ -17,7 +17,7 @@ from tests.registries import Api, RegistryProcess, once_allowed, weights
 
 pytestmark = pytest.mark.chaos
 
-ROUNDS_S = 12.0
+ROUNDS_S = 10.0
 INTERVAL_S = 1
 MODELS = ("m1", "m2", "m3", "m4", "m5")
 

@@ -26,7 +26,7 @@ SETTLE_S = 40
 
 
 async def test_no_acknowledged_write_is_lost_and_no_watcher_misled(etcd_server: EtcdServer) -> None:
-    await run(etcd_server, seconds=18, pace_s=0.02)
+    await run(etcd_server, seconds=15, pace_s=0.02)
 
 
 @pytest.mark.soak
