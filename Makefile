@@ -17,9 +17,6 @@ up: install $(MODELS)                        ## start the whole suite; Ctrl-C st
 test: install $(MODELS)                      ## all tests, with real etcd, Triton and Envoy
 	$(BIN)/pytest $(ARGS)
 
-soak: install $(MODELS)                      ## the long tests; LINGQU_HISTORY_S=<seconds> sets how long
-	$(BIN)/pytest -m soak $(ARGS)
-
 check: install                               ## format, lint, types, protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
