@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import grpc
 
 from lingqu.artifacts import Artifact as Artifact
 from lingqu.artifacts import PublishFailed as PublishFailed
+from lingqu.client import LingquError
 from lingqu.gateway.v1 import gateway_pb2
 from lingqu.gateway.v1.gateway_pb2_grpc import GatewayServiceStub
 from lingqu.registry.v1 import instances_pb2, models_pb2
@@ -48,13 +50,11 @@ class Publisher:
         if version is None:
             version = await self._create(name, artifact)
             tell(f"{name} v{version}: registered")
-        borrowed = await self.loaded(name, version, timeout_s)
-        tell(f"{name} v{version}: ready")
-        if traffic:
-            await self.promote(name, version, "published")
-            tell(f"{name} v{version}: takes the traffic")
-            if borrowed:
-                await self.forgotten(name, version)
+        async with self.held(name, [version], timeout_s):
+            tell(f"{name} v{version}: ready")
+            if traffic:
+                await self.promote(name, version, "published")
+                tell(f"{name} v{version}: takes the traffic")
         return version
 
     async def promote(
@@ -72,20 +72,35 @@ class Publisher:
         await self._until_routed(name, version)
         return answer.model  # type: ignore[no-any-return]
 
-    async def loaded(self, name: str, version: int, timeout_s: float) -> bool:
-        """Wait until as many replicas have a version ready as its model's policy asks. True if replicas would
-        not hold it by themselves, since it is an old one, and were told to keep it. Raises PublishFailed."""
-        model = await self._model(name)
-        held = _held(model, version)
-        if not held:
-            await self._keep(model, sorted({*model.placement.keep, version}))
-        await self._until_ready(name, version, timeout_s, model.policy.min_ready_replicas)
-        return not held
+    async def released(
+        self, name: str, versions: Iterable[int], timeout_s: float, release: Callable[[], Awaitable[T]]
+    ) -> T:
+        """What `release` does; if a version was not ready for it, once more when it is."""
+        try:
+            return await release()
+        except grpc.aio.AioRpcError as error:
+            if LingquError(error).reason != "NOT_READY":
+                raise
+        async with self.held(name, versions, timeout_s):
+            return await release()
 
-    async def forgotten(self, name: str, version: int) -> None:
-        """Undo what `loaded` told the replicas."""
+    @asynccontextmanager
+    async def held(self, name: str, versions: Iterable[int], timeout_s: float) -> AsyncIterator[None]:
+        """Inside, as many replicas have these versions ready as their model's policy asks. Old ones, which
+        replicas do not hold by themselves, are loaded and kept for as long as the block takes; what has
+        traffic, or a name, by then stays. Raises PublishFailed."""
         model = await self._model(name)
-        await self._keep(model, [kept for kept in model.placement.keep if kept != version])
+        borrowed = {version for version in versions if not _held(model, version)}
+        if borrowed:
+            await self._keep(model, sorted({*model.placement.keep} | borrowed))
+        try:
+            for version in versions:
+                await self._until_ready(name, version, timeout_s, model.policy.min_ready_replicas)
+            yield
+        finally:
+            if borrowed:
+                model = await self._model(name)
+                await self._keep(model, [kept for kept in model.placement.keep if kept not in borrowed])
 
     async def _until_routed(self, name: str, version: int) -> None:
         """Wait until every data plane has the route; a gateway that is away will have it when it is back."""
@@ -181,9 +196,9 @@ def _same(version: models_pb2.ModelVersion, record: models_pb2.ModelVersion) -> 
 def _held(model: models_pb2.Model, version: int) -> bool:
     """Whether replicas load it by themselves; see services/inference/placement.py."""
     newest = max((v.version for v in model.versions), default=0)
-    traffic = {w.version for w in model.traffic.weights} | set(model.traffic.aliases.values())
-    held = {newest, model.previous_version, model.traffic.shadow_version, *model.placement.keep, *traffic}
-    return version in held
+    shares = [*model.traffic.weights, *model.previous_traffic.weights]
+    named = [*model.traffic.aliases.values(), model.traffic.shadow_version, *model.placement.keep]
+    return version in {newest, *named, *(share.version for share in shares)}
 
 
 def _refusal(answer: models_pb2.GetModelVersionResponse) -> str:

@@ -108,12 +108,13 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model; `weights` are (version, percent), `previous` and `shadow` version numbers, 0 for none."""
+    """A model; `weights` are (version, percent), `previous` the versions that a rollback would give traffic,
+    `shadow` a version or 0."""
 
     name: str
     versions: tuple[Version, ...]
     weights: tuple[tuple[int, int], ...] = ()
-    previous: int = 0
+    previous: tuple[int, ...] = ()
     shadow: int = 0
     aliases: Mapping[str, int] = field(default_factory=dict)
     placement: Placement = Placement()
@@ -378,7 +379,7 @@ def to_model(record: models_pb2.Model) -> Model:
         record.name,
         versions,
         tuple((w.version, w.percent) for w in record.traffic.weights),
-        record.previous_version,
+        tuple(w.version for w in record.previous_traffic.weights),
         record.traffic.shadow_version,
         dict(record.traffic.aliases),
         Placement(dict(placement.labels), placement.replicas, tuple(placement.keep)),
