@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -45,5 +46,8 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         models_pb2_grpc.add_ModelServiceServicer_to_server(Models(etcd, mirror), server)
         await stack.enter_async_context(background(mirror.run(), renewals.run()))
         await mirror.synced()
+        # Thousands of streams that live long: looking through all of them again and again paused everybody.
+        gc.freeze()
+        gc.set_threshold(10_000, 50, 50)
         await stack.enter_async_context(serving(server, cfg.registry_listen, SERVICES, cfg.grace_s))
         yield
