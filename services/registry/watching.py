@@ -12,7 +12,7 @@ from services.core.interceptors import Context
 from services.registry.mirror import Mirror, Resume, Update
 
 # A watcher that takes nothing for this long is cut off, whether or not its buffer is full.
-STALL_S = 10.0
+STALL_S = 5.0
 
 
 class Feed:
