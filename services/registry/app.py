@@ -21,8 +21,8 @@ from services.registry.models import Models
 from services.registry.renewals import Renewals
 
 SERVICES = ("lingqu.registry.v1.RegistryService", "lingqu.registry.v1.ModelService")
-# Its clients ping it every three seconds (services/core/discovery.py). The last value holds.
-PINGED = [("grpc.http2.min_ping_interval_without_data_ms", 1_000)]
+# Its clients ping it every three seconds (services/core/discovery.py).
+OPTIONS = {**dict(SERVER_OPTIONS), "grpc.http2.min_ping_interval_without_data_ms": 1_000}
 
 
 class RegistrySettings(Settings):
@@ -40,7 +40,7 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         stack.push_async_callback(etcd.close)
         mirror, renewals = Mirror(etcd), Renewals(etcd)
         server = grpc.aio.server(
-            interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS + PINGED
+            interceptors=server_stack(tracer, cfg.max_in_flight), options=list(OPTIONS.items())
         )
         instances_pb2_grpc.add_RegistryServiceServicer_to_server(Instances(etcd, mirror, renewals), server)
         models_pb2_grpc.add_ModelServiceServicer_to_server(Models(etcd, mirror), server)
