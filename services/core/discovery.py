@@ -34,12 +34,13 @@ NO_ANSWER = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNKNOWN,
 )
-# A registry that does not answer these pings is left, even if nothing was to be told. The last value holds.
-PINGS = [
-    ("grpc.keepalive_time_ms", 3_000),
-    ("grpc.keepalive_timeout_ms", 2_000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
+# A registry that does not answer pings is left, even if nothing was to be told.
+REGISTRY_OPTIONS = {
+    **dict(CHANNEL_OPTIONS),
+    "grpc.keepalive_time_ms": 3_000,
+    "grpc.http2.ping_timeout_ms": 2_000,  # keepalive_timeout_ms alone did not end a call in 30 s
+    "grpc.http2.max_pings_without_data": 0,
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -145,7 +146,7 @@ class Registry:
 
     def __init__(self, addresses: str) -> None:
         self._channels = [
-            grpc.aio.insecure_channel(address.strip(), options=CHANNEL_OPTIONS + PINGS)
+            grpc.aio.insecure_channel(address.strip(), options=list(REGISTRY_OPTIONS.items()))
             for address in addresses.split(",")
         ]
         self._use(random.choice(self._channels))  # noqa: S311 - spreads load

@@ -12,7 +12,7 @@ from services.core.interceptors import Context
 from services.registry.mirror import Mirror, Resume, Update
 
 # A watcher that takes nothing for this long is cut off, whether or not its buffer is full.
-STALL_S = 10.0
+STALL_S = 5.0
 
 
 class Feed:
@@ -43,10 +43,20 @@ class Feed:
         if request.resume_revision < 0:
             raise InvalidInput("resume_revision", "is a revision of an earlier answer, or 0")
         resume = Resume(request.resume_revision, request.store_id) if request.store_id else None
-        async with aclosing(self._mirror.follow(self._prefix, resume)) as updates:
-            async for update in updates:
-                if message := self._encoded(update, view):
-                    await self._write(context, message)
+        clock = asyncio.get_running_loop().time
+        try:
+            async with (
+                aclosing(self._mirror.follow(self._prefix, resume)) as updates,
+                asyncio.timeout(None) as stall,
+            ):
+                async for update in updates:
+                    if message := self._encoded(update, view):
+                        # Not yielded: only a write of our own can be given up when nobody takes it.
+                        stall.reschedule(clock() + STALL_S)
+                        await context.write(message)
+                        stall.reschedule(None)
+        except TimeoutError as err:
+            raise SlowWatcher(f"took nothing for {STALL_S:.0f} s; watch again") from err
         return
         yield  # a handler that writes to its context by itself still has to be a generator
 
@@ -62,12 +72,3 @@ class Feed:
                 response.store_id = update.store_id
             encoded = update.encoded[self, view] = response.SerializeToString()
         return encoded
-
-    @staticmethod
-    async def _write(context: Context, message: bytes) -> None:
-        # Not yielded: only a write of our own can be given up when the watcher does not take it.
-        try:
-            async with asyncio.timeout(STALL_S):
-                await context.write(message)
-        except TimeoutError as err:
-            raise SlowWatcher(f"took nothing for {STALL_S:.0f} s; watch again") from err
