@@ -129,16 +129,19 @@ class Publisher:
         return version
 
     async def _known(self, name: str, artifact: Artifact) -> int | None:
-        """The version that is this artifact at this place already; one that was taken off line comes back."""
+        """The version that is this artifact already. One that is off line comes back, unless it was to be
+        found elsewhere or signed otherwise: its record cannot change, so that takes a new version."""
         record = artifact.record(name)
         for version in reversed((await self._model(name)).versions):
-            if _same(version, record):
-                if version.stage in (models_pb2.STAGE_REJECTED, models_pb2.STAGE_RETIRED):
-                    request = models_pb2.RestoreModelVersionRequest(
-                        model=name, version=version.version, reason="published again"
-                    )
-                    await self._registry(self._models.RestoreModelVersion, request)
-                return int(version.version)
+            offline = version.stage in (models_pb2.STAGE_REJECTED, models_pb2.STAGE_RETIRED)
+            if not _same(version, record, entirely=offline):
+                continue
+            if offline:
+                request = models_pb2.RestoreModelVersionRequest(
+                    model=name, version=version.version, reason="published again"
+                )
+                await self._registry(self._models.RestoreModelVersion, request)
+            return int(version.version)
         return None
 
     async def _create(self, name: str, artifact: Artifact) -> int:
@@ -184,12 +187,16 @@ class Publisher:
         return await _patient(lambda: method(request, timeout=10, metadata=self._metadata))
 
 
-def _same(version: models_pb2.ModelVersion, record: models_pb2.ModelVersion) -> bool:
-    """Whether a version is what `record` would make, apart from what the registry sets itself."""
+def _same(version: models_pb2.ModelVersion, record: models_pb2.ModelVersion, *, entirely: bool) -> bool:
+    """Whether a version is what `record` would make, apart from what the registry sets itself and, unless
+    `entirely`, from where the artifact is and who signed it."""
     said = models_pb2.ModelVersion()
     said.CopyFrom(version)
     for name in ("version", "create_time", "creator", "stage", "stage_detail", "stage_time"):
         said.ClearField(name)
+    if not entirely:
+        said.artifact.CopyFrom(record.artifact)
+        return version.artifact.sha256 == record.artifact.sha256 and said == record
     return said == record
 
 
