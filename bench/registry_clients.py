@@ -45,6 +45,7 @@ async def watch(address: str, streams: int) -> None:
     for _ in tasks:
         await started.acquire()
     gc.freeze()
+    gc.disable()
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.read)
     times: defaultdict[int, list[float]] = defaultdict(list)
