@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
-from services.core.errors import Conflict, Restoring
+from services.core.errors import Conflict, LingquError, Restoring
 from services.registry.etcd import Etcd, Put, Unchanged
 from services.registry.keyspace import RESTORING
 from services.registry.mirror import Mirror
@@ -41,6 +42,11 @@ class Commits:
     async def lease(self, ttl_s: int) -> int:
         """For records that go by themselves."""
         return await self._etcd.grant(ttl_s)
+
+    async def release(self, lease: int) -> None:
+        """End a lease that came to nothing; if that fails, it ends by itself."""
+        with contextlib.suppress(LingquError):
+            await self._etcd.revoke(lease)
 
     async def remaining_s(self, key: str) -> int:
         """How long a leased key still lives; 0 if it is gone."""

@@ -126,6 +126,8 @@ class Releases:
         try:
             await self._commits.commit(puts, only_if, deletes)
         except Conflict as err:
+            for lease in {put.lease for put in puts if put.lease}:
+                await self._commits.release(lease)
             raise Conflict(
                 f'"{model.name}" was released by somebody else at the same time; look again'
             ) from err
