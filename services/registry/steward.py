@@ -28,7 +28,7 @@ UNPROVEN = (stages.REGISTERED, stages.VALIDATING)
 
 
 class Steward:
-    """Looks only at models in which something may be due: those that changed, and then for as long as a version
+    """Looks only at models in which something may be due: those that changed, and then as long as a version
     is on its way to READY or a rollout runs."""
 
     def __init__(
