@@ -4,7 +4,6 @@ standard output as JSON. All clocks are CLOCK_MONOTONIC, which is one for the wh
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from bench.watch_client import watches
 from lingqu.registry.v1 import instances_pb2 as pb
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from services.core.lifecycle import CHANNEL_OPTIONS
@@ -27,33 +27,15 @@ def channels(address: str, streams: int) -> list[grpc.aio.Channel]:
 
 async def watch(address: str, streams: int) -> None:
     """Says "ready" once all have their snapshot; at the end of standard input, when each revision came."""
-    received: list[tuple[float, bytes]] = []
-    started = asyncio.Semaphore(0)
-
-    async def one(channel: grpc.aio.Channel) -> None:
-        # Decoded at the end: this is to measure the registry, on a machine that it shares with us.
-        call = channel.unary_stream("/lingqu.registry.v1.RegistryService/WatchInstances")
-        stream = call(pb.WatchInstancesRequest().SerializeToString())
-        await stream.read()
-        started.release()
-        while True:
-            raw = await stream.read()
-            received.append((time.monotonic(), raw))
-
-    opened = channels(address, streams)
-    tasks = [asyncio.create_task(one(opened[n % len(opened)])) for n in range(streams)]
-    for _ in tasks:
-        await started.acquire()
-    gc.freeze()
-    gc.disable()
+    path = "/lingqu.registry.v1.RegistryService/WatchInstances"
+    opened = await watches(address, path, streams, -(-streams // STREAMS_PER_CHANNEL))
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.read)
     times: defaultdict[int, list[float]] = defaultdict(list)
-    for at, raw in received:
-        times[pb.WatchInstancesResponse.FromString(raw).revision].append(at)
+    for connection in opened:
+        for at, raw in connection.received:
+            times[pb.WatchInstancesResponse.FromString(raw).revision].append(at)
     print(json.dumps(times))
-    for task in tasks:
-        task.cancel()
 
 
 async def keepalive(address: str, streams: int, name: str) -> None:

@@ -83,7 +83,7 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         await mirror.synced()
         # Thousands of streams that live long: looking through all of them again and again paused everybody.
         gc.freeze()
-        gc.set_threshold(10_000, 50, 50)
+        gc.set_threshold(50_000, 50, 100)
         await stack.enter_async_context(background(leadership.run(), steward.run()))
         await stack.enter_async_context(serving(server, cfg.registry_listen, SERVICES, cfg.grace_s))
         yield
