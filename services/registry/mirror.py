@@ -77,7 +77,7 @@ class Update:
 
 
 class _Subscriber:
-    """A queue for one reader. Not asyncio's: with a thousand watchers its bookkeeping is what a change costs."""
+    """A queue for one reader. Not asyncio's: with a thousand watchers its bookkeeping is half the cost."""
 
     __slots__ = ("_arrived", "_loop", "_updates", "ended")
 
