@@ -1,5 +1,5 @@
-"""Watch streams of the registry as bare HTTP/2, for bench/registry.py: real gRPC calls whose messages are only
-counted and timed. A thousand streams of a Python gRPC client take as much of the machine as the registry.
+"""Watch streams of the registry as bare HTTP/2, for bench/registry.py: real gRPC calls whose messages are
+only timed. A thousand streams of a Python gRPC client take as much of the machine as the registry does.
 
 Frames after RFC 9113, gRPC over HTTP/2 after https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md.
 """
