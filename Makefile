@@ -1,4 +1,4 @@
-# The only commands to know: up, test, check, fix, bench, clean. Each installs what it needs.
+# The only commands to know: up, test, soak, check, fix, bench, clean. Each installs what it needs.
 
 PYTHON ?= python3.11
 VENV   := .venv
@@ -16,6 +16,9 @@ up: install $(MODELS)                        ## start the whole suite; Ctrl-C st
 
 test: install $(MODELS)                      ## all tests, with real etcd, Triton and Envoy
 	$(BIN)/pytest $(ARGS)
+
+soak: install $(MODELS)                      ## the long tests; LINGQU_HISTORY_S=<seconds> sets how long
+	$(BIN)/pytest -m soak $(ARGS)
 
 check: install                               ## format, lint, types, protos
 	$(BIN)/ruff format --check .

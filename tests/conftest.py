@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,6 +22,15 @@ from pipeline.bundled import TEXT_MODEL, bundled
 # How long an example takes says how busy the machine is.
 settings.register_profile("lingqu", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lingqu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What soaks takes minutes: only where it is asked for (`make soak`)."""
+    if "soak" not in config.option.markexpr:
+        long = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
+
 
 ALL_PORTS = (at.PUBLIC, at.GATEWAY, at.REGISTRY, at.INFERENCE, at.TRITON_HTTP, at.TRITON_GRPC)
 ALL_PORTS += (at.TRITON_METRICS, at.ETCD, at.ETCD_PEER, at.ENVOY_ADMIN)
@@ -82,6 +92,11 @@ class EtcdServer:
     def address(self) -> str:
         return self.layout.address(at.ETCD)
 
+    @property
+    def pid(self) -> int:
+        assert self._running is not None
+        return self._running.pid
+
     async def start(self) -> None:
         self._running = await Running.start(etcd(self.layout), self.layout.logs)
         await self._running.until_ready()
@@ -96,6 +111,13 @@ class EtcdServer:
         os.kill(self._running.pid, 9)
         await self._running.ended()
         self._running = None
+
+
+def missing(what: str) -> NoReturn:
+    """Skip a test for which this machine lacks something; fail where everything has to be there (CI=true)."""
+    if os.environ.get("CI", "").lower() in ("1", "true"):
+        pytest.fail(f"{what} is missing")
+    pytest.skip(f"{what} is missing")
 
 
 def show_logs(layout: Layout, lines: int = 15) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -187,6 +187,22 @@ def version(model: str = "m", **fields: Any) -> models_pb2.ModelVersion:
 
 def weights(model: models_pb2.Model) -> dict[int, int]:
     return {w.version: w.percent for w in model.traffic.weights}
+
+
+async def once_allowed(release: Callable[[], Awaitable[models_pb2.Model]]) -> models_pb2.Model:
+    """Ask for a release until the policy's interval lets it be. Other refusals are raised."""
+
+    async def answered() -> models_pb2.Model | None:
+        try:
+            return await release()
+        except grpc.aio.AioRpcError as err:
+            if LingquError(err).reason != "TOO_SOON":
+                raise
+            return None
+
+    model = await until(answered, "the interval between releases has passed")
+    assert model
+    return model
 
 
 async def refused(call: Awaitable[Any]) -> LingquError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import AsyncIterator
@@ -12,11 +13,12 @@ from services.core.errors import Conflict, InvalidInput, NotFound
 from services.core.interceptors import Context
 from services.registry import validation
 from services.registry.commits import Commits
-from services.registry.etcd import Put
+from services.registry.etcd import Put, Unchanged
 from services.registry.keyspace import ACCESS, CLIENTS, REVOKED
 from services.registry.mirror import Mirror, Update
 from services.registry.watching import Feed
 
+REPLACE_TRIES = 8
 KEY_TTL_MAX_S = 366 * 86_400
 # A revocation outlives its key a little: no machine's clock is exact.
 MARGIN_S = 3600
@@ -37,11 +39,11 @@ class Access(AccessServiceServicer):
         client.CopyFrom(validation.client(request.client))
         client.revision = 0
         key = CLIENTS + client.name
-        known = self._mirror.get(key)
-        if request.expected_revision and request.expected_revision != (known.mod_revision if known else 0):
-            raise Conflict(f'the client "{client.name}" was changed since you looked; look again')
         put = Put(key, client.SerializeToString())
-        client.revision = await self._commits.commit([put], self._commits.unchanged(key))
+        if request.expected_revision:
+            client.revision = await self._commits.commit([put], [Unchanged(key, request.expected_revision)])
+        else:
+            client.revision = await self._replace(key, [put])
         return pb.SetClientResponse(client=client)
 
     async def GetClient(self, request: pb.GetClientRequest, context: Context) -> pb.GetClientResponse:
@@ -62,7 +64,8 @@ class Access(AccessServiceServicer):
         self, request: pb.DeleteClientRequest, context: Context
     ) -> pb.DeleteClientResponse:
         key = CLIENTS + validation.client_name("name", request.name)
-        await self._commits.commit([], [], [key])
+        await self._commits.caught_up()
+        await self._replace(key, [], [key])
         return pb.DeleteClientResponse()
 
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Context) -> pb.RevokeKeyResponse:
@@ -76,12 +79,16 @@ class Access(AccessServiceServicer):
         revoked.expire_time.CopyFrom(request.expire_time)
         if not request.HasField("expire_time"):
             revoked.expire_time.FromSeconds(int(time.time()) + KEY_TTL_MAX_S)
-        known = self._mirror.get(key)
+        if (known := self._mirror.get(key)) is None:
+            lease = await self._commits.lease(lifetime_s(revoked, time.time()))
+            put = Put(key, revoked.SerializeToString(), lease)
+            try:
+                await self._commits.commit([put], [Unchanged(key, 0)])
+            except Conflict:  # somebody else has revoked it, and perhaps for longer
+                await self._commits.caught_up()
+                known = self._mirror.get(key)
         if known is not None:
-            return pb.RevokeKeyResponse(key=pb.RevokedKey.FromString(known.value))
-        lease = await self._commits.lease(lifetime_s(revoked, time.time()))
-        put = Put(key, revoked.SerializeToString(), lease)
-        await self._commits.commit([put], [])
+            revoked.ParseFromString(known.value)
         return pb.RevokeKeyResponse(key=revoked)
 
     async def ListRevokedKeys(
@@ -89,6 +96,17 @@ class Access(AccessServiceServicer):
     ) -> pb.ListRevokedKeysResponse:
         keys = [pb.RevokedKey.FromString(record.value) for record in self._mirror.under(REVOKED)]
         return pb.ListRevokedKeysResponse(keys=keys, stale=self._mirror.stale)
+
+    async def _replace(self, key: str, puts: list[Put], deletes: list[str] | None = None) -> int:
+        """Write whatever is there now; the revision. On a condition all the same: a write whose answer was
+        lost is sent again, and must not undo what somebody else has written since."""
+        for _ in range(REPLACE_TRIES):
+            if deletes and not self._commits.present(key):
+                return 0
+            with contextlib.suppress(Conflict):
+                return await self._commits.commit(puts, self._commits.unchanged(key), deletes or [])
+            await self._commits.caught_up()
+        raise Conflict("it is being changed by others all the time; try again")
 
     def WatchAccess(
         self, request: pb.WatchAccessRequest, context: Context

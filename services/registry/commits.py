@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 
-from services.core.errors import Conflict, LingquError, Restoring
+from services.core.errors import BackendUnavailable, Conflict, LingquError, Restoring
 from services.registry.etcd import Etcd, Put, Unchanged
-from services.registry.keyspace import RESTORING
-from services.registry.mirror import Mirror
+from services.registry.keyspace import MARK, RESTORING
+from services.registry.members import CALL_TIMEOUT_S
+from services.registry.mirror import CATCH_UP_S, Mirror
 
 
 class Commits:
@@ -48,12 +49,23 @@ class Commits:
         with contextlib.suppress(LingquError):
             await self._etcd.revoke(lease)
 
-    async def remaining_s(self, key: str) -> int:
-        """How long a leased key still lives; 0 if it is gone."""
+    async def remaining_s(self, key: str) -> int | None:
+        """How long a leased key still lives, at least 1; None if it is gone. etcd rounds down, and takes up
+        to half a second more to delete what has expired."""
         record = self._mirror.get(key)
-        return max(0, await self._etcd.remaining(record.lease)) if record is not None else 0
+        left = await self._etcd.remaining(record.lease) if record is not None else -1
+        return max(1, left) if left >= 0 else None
 
     async def caught_up(self) -> None:
-        """Wait until the registry's copy has what etcd has now."""
+        """Wait until the registry's copy has what etcd has now, and with it all that any registry has
+        acknowledged. Raises BackendUnavailable."""
         _, revision = await self._etcd.read(RESTORING)
-        await self._mirror.reached(revision)
+        if not await self._arrived(revision, CATCH_UP_S):
+            # The newest one may be of keys that are not ours, and not come; one of our own will.
+            revision = await self._etcd.commit([Put(MARK, b"")])
+            if not await self._arrived(revision, CALL_TIMEOUT_S):
+                raise BackendUnavailable("the registry lags behind etcd; nothing was changed")
+
+    async def _arrived(self, revision: int, timeout_s: float) -> bool:
+        await self._mirror.moved_from(revision - 1, timeout_s)
+        return self._mirror.revision >= revision

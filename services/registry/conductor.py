@@ -57,13 +57,14 @@ class Conductor:
             rollout.create_time.GetCurrentTime()
             rollout.step_time.CopyFrom(rollout.create_time)
             after = traffic.canary(model, stable, version, plan.steps[0].percent)
-            self._releases.admissible(model, after, gate=True)
+            basis = self._releases.admissible(model, after, gate=True)
             pace = await self._releases.pace(model)
             timed = await self._timed(rollout, rollouts.wait_s(rollout))
-            done = await self._releases.carry_out(model, traffic.forward(model, after), asked, pace, timed)
+            state = traffic.forward(model, after)
+            done = await self._releases.carry_out(model, state, asked, basis, pace, timed)
             return done.rollout
 
-        return await self._releases.settled(name, attempt)
+        return await self._releases.settled(name, asked, attempt)
 
     async def report(
         self, name: str, rollout_id: str, report: rollouts_pb2.VerdictReport
@@ -109,7 +110,8 @@ class Conductor:
             case Move.FINISH, why:
                 rollout.state, rollout.detail = rollouts.SUCCEEDED, why
                 after = traffic.all_to(model, rollout.version)
-                await self._onward(model, after, why, self._ended(rollout), guard)
+                basis = self._releases.basis(model, after)
+                await self._onward(model, after, why, basis, self._ended(rollout), guard)
         return True
 
     def check_idle(self, model: models_pb2.Model) -> None:
@@ -136,8 +138,9 @@ class Conductor:
         rollout.step_time.GetCurrentTime()
         percent = rollout.plan.steps[rollout.step].percent
         after = traffic.canary(model, rollout.from_version, rollout.version, percent)
+        basis = self._releases.basis(model, after)
         timed = await self._timed(rollout, rollouts.wait_s(rollout))
-        await self._onward(model, after, why, timed, guard)
+        await self._onward(model, after, why, basis, timed, guard)
 
     async def _onward(
         self, model: models_pb2.Model, after: models_pb2.Traffic, why: str, *extras: Extra
@@ -152,7 +155,8 @@ class Conductor:
         rollout.state, rollout.detail = rollouts.ROLLED_BACK, why
         state = traffic.back(model, self._releases.history(model.name))
         asked = Asked(models_pb2.RELEASE_KIND_ROLLOUT, caller, why)
-        done = await self._releases.carry_out(model, state, asked, self._ended(rollout), guard)
+        basis = self._releases.basis(model, state.traffic)
+        done = await self._releases.carry_out(model, state, asked, basis, self._ended(rollout), guard)
         return done.rollout
 
     def _running(self, name: str, rollout_id: str) -> rollouts_pb2.Rollout:

@@ -168,7 +168,7 @@ class Etcd:
         return int(answer.ID)
 
     async def remaining(self, lease: int) -> int:
-        """Seconds until the lease ends; 0 or less if it is gone."""
+        """Whole seconds until the lease ends, rounded down; negative if it is gone."""
         request = pb.LeaseTimeToLiveRequest(ID=lease)
         try:
             answer = await self.members.call(
@@ -178,7 +178,7 @@ class Etcd:
                 repeatable=True,
             )
         except LeaseExpired:
-            return 0
+            return -1
         return int(answer.TTL)
 
     async def revoke(self, lease: int) -> int:

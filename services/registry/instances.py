@@ -85,7 +85,7 @@ class Instances(RegistryServiceServicer):
     ) -> pb.DeregisterInstanceResponse:
         key = INSTANCES + validation.instance_id("id", request.id)
         known = self._mirror.get(key)
-        if known is None or request.lease_id not in (0, known.lease):
+        if known is None or request.lease_id != known.lease:
             known = await self._etcd.get(key)  # our copy may be behind
         if known is not None and request.lease_id in (0, known.lease):
             # Takes the record along if, and only if, it still is under this lease.

@@ -37,8 +37,8 @@ class Leadership:
             try:
                 if self._mirror.get(LEADER) is None and not self._mirror.stale:
                     await self._lead()
-            except LingquError as err:
-                log.warning("not leading: %s", err)
+            except (LingquError, TimeoutError) as err:
+                log.warning("not leading: %s", str(err) or f"etcd renewed no lease for {TTL_S} s")
             await asyncio.sleep(CAMPAIGN_S)
 
     async def _lead(self) -> None:

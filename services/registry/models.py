@@ -53,7 +53,6 @@ class Models(ModelServiceServicer):
         caller = self._callers.of(context.invocation_metadata())
         version = pb.ModelVersion()
         version.CopyFrom(validation.version(request.version))
-        self._check_task(version)
         self._check_signature(version)
         for name in ("stage", "stage_detail", "stage_time"):
             version.ClearField(name)
@@ -64,6 +63,7 @@ class Models(ModelServiceServicer):
         for _ in range(CREATE_TRIES):
             if request.request_id and (done := self._mirror.get(request_key)):
                 return pb.CreateModelVersionResponse(version=self._catalog.version(name, int(done.value)))
+            self._check_task(version)
             version.version = 1 + self._catalog.newest(name)
             version.create_time.GetCurrentTime()
             key = keyspace.version(name, version.version)
@@ -130,12 +130,12 @@ class Models(ModelServiceServicer):
                 return model
             policies.check_releaser(model, asked.caller, "roll back")
             state = traffic.back(model, self._releases.history(model.name))
-            self._releases.admissible(model, state.traffic, gate=False, needed=1)
+            basis = self._releases.admissible(model, state.traffic, gate=False, needed=1)
             settled = self._conductor.settled(model, asked.caller)
-            return await self._releases.carry_out(model, state, asked, settled)
+            return await self._releases.carry_out(model, state, asked, basis, settled)
 
         name = validation.model_name("model", request.model)
-        return pb.RollbackModelResponse(model=await self._releases.settled(name, attempt))
+        return pb.RollbackModelResponse(model=await self._releases.settled(name, asked, attempt))
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         alias = validation.alias(request.alias)
@@ -146,11 +146,11 @@ class Models(ModelServiceServicer):
             if self._releases.repeated(model, asked) or after == model.traffic:
                 return model
             policies.check_releaser(model, asked.caller, "name versions of")
-            self._releases.admissible(model, after, gate=False, needed=1)
-            return await self._releases.carry_out(model, traffic.aside(model, after), asked)
+            basis = self._releases.admissible(model, after, gate=False, needed=1)
+            return await self._releases.carry_out(model, traffic.aside(model, after), asked, basis)
 
         name = validation.model_name("model", request.model)
-        return pb.SetAliasResponse(model=await self._releases.settled(name, attempt))
+        return pb.SetAliasResponse(model=await self._releases.settled(name, asked, attempt))
 
     async def ListReleases(
         self, request: pb.ListReleasesRequest, context: Context
@@ -181,6 +181,7 @@ class Models(ModelServiceServicer):
     async def RetireModelVersion(
         self, request: pb.RetireModelVersionRequest, context: Context
     ) -> pb.RetireModelVersionResponse:
+        await self._commits.caught_up()
         model = self._catalog.model(validation.model_name("model", request.model))
         named = [name for name, number in model.traffic.aliases.items() if number == request.version]
         if named:
@@ -191,6 +192,7 @@ class Models(ModelServiceServicer):
     async def RestoreModelVersion(
         self, request: pb.RestoreModelVersionRequest, context: Context
     ) -> pb.RestoreModelVersionResponse:
+        await self._commits.caught_up()
         version = await self._restage(request, stages.REGISTERED, context)
         return pb.RestoreModelVersionResponse(version=version)
 
@@ -231,14 +233,15 @@ class Models(ModelServiceServicer):
             policies.check_releaser(model, asked.caller, "release")
             self._conductor.check_idle(model)
             after = change(model)
-            self._releases.admissible(model, after, gate=True)
+            basis = self._releases.admissible(model, after, gate=True)
             if after == model.traffic and model.last_release:
                 return model
-            pace = await self._releases.pace(model)
             settled = self._conductor.settled(model, asked.caller)
-            return await self._releases.carry_out(model, traffic.forward(model, after), asked, pace, settled)
+            pace = await self._releases.pace(model)
+            state = traffic.forward(model, after)
+            return await self._releases.carry_out(model, state, asked, basis, settled, pace)
 
-        return await self._releases.settled(name, attempt)
+        return await self._releases.settled(name, asked, attempt)
 
     async def _replace(self, key: str, value: pb.Policy | pb.Placement) -> None:
         unchanged = self._commits.unchanged(key)

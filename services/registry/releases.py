@@ -52,32 +52,36 @@ class Releases:
         self._catalog = catalog
         self._commits = commits
 
-    async def settled(self, name: str, attempt: Callable[[pb.Model], Awaitable[T]]) -> T:
-        """Run `attempt` on a model; again, if what got in its way was not another release but, say, the
-        registry itself, which has moved one of the versions to its next stage."""
+    async def settled(self, name: str, asked: Asked, attempt: Callable[[pb.Model], Awaitable[T]]) -> T:
+        """Run `attempt` on a model as etcd has it now: a copy that is behind would have it refuse what is
+        right, find nothing to do where there is, and not know that the request was carried out elsewhere.
+
+        Again, if what got in its way was not another release but, say, the registry itself, which has moved
+        one of the versions to its next stage; or this very request."""
+        await self._commits.caught_up()
         for last in (False, False, True):
             model = self._catalog.model(name)
             try:
                 return await attempt(model)
             except Conflict:
                 await self._commits.caught_up()
-                if last or self._catalog.model(name).traffic_revision != model.traffic_revision:
+                changed = self._catalog.model(name).traffic_revision != model.traffic_revision
+                if last or (changed and not self._done(name, asked)):
                     raise
         raise AssertionError
 
     def repeated(self, model: pb.Model, asked: Asked) -> bool:
         """Whether this request was carried out already. Raises Conflict if its condition does not hold."""
-        if asked.request_id:
-            for done in self._catalog.releases(model.name, RETRIES_REMEMBERED):
-                if done.request_id == asked.request_id:
-                    return True
+        if self._done(model.name, asked):
+            return True
         if asked.expected and asked.expected != model.traffic_revision:
             raise Conflict(f'the traffic of "{model.name}" was changed since you looked; look again')
         return False
 
-    def admissible(self, model: pb.Model, after: pb.Traffic, *, gate: bool, needed: int = 0) -> None:
+    def admissible(self, model: pb.Model, after: pb.Traffic, *, gate: bool, needed: int = 0) -> Extra:
         """Every version that `after` names exists, is not off line and is ready on enough replicas; with
-        `gate`, those that get more traffic than before also pass the model's evaluation thresholds."""
+        `gate`, those that get more traffic than before also pass the model's evaluation thresholds. Returns
+        the condition that this stays so, for `carry_out`."""
         before, share = traffic.shares(model.traffic), traffic.shares(after)
         wanted = traffic.serving(after)
         for number in sorted(wanted | set(after.aliases.values()) - set(model.traffic.aliases.values())):
@@ -87,12 +91,21 @@ class Releases:
             policies.check_ready(version, self.holdings(model.name, number), least)
             if gate and share.get(number, 0) > before.get(number, 0):
                 policies.check_evaluation(version, model.policy)
+        return self.basis(model, after)
+
+    def basis(self, model: pb.Model, after: pb.Traffic) -> Extra:
+        """The condition that the policy and the stages by which `after` was judged stay as they are. To be
+        taken together with the model: once something was awaited, the copy may be a later one."""
+        judged = traffic.serving(model.traffic) ^ traffic.serving(after)
+        judged |= set(after.aliases.values()) - set(model.traffic.aliases.values())
+        keys = [keyspace.stage(model.name, number) for number in sorted(judged)]
+        return Extra(only_if=tuple(self._commits.unchanged(keyspace.model(model.name, "policy"), *keys)))
 
     async def pace(self, model: pb.Model) -> Extra:
         """Holds the policy's interval between releases: raises TooSoon, or starts the next one."""
         key = keyspace.model(model.name, "cooldown")
         interval = model.policy.min_release_interval.seconds
-        if interval and (left := await self._commits.remaining_s(key)):
+        if interval and (left := await self._commits.remaining_s(key)) is not None:
             raise TooSoon(
                 f'"{model.name}" was released less than {interval} s ago; the next may come in {left} s', left
             )
@@ -102,7 +115,8 @@ class Releases:
         return Extra((Put(key, b"", lease),), (Unchanged(key, 0),))
 
     async def carry_out(self, model: pb.Model, state: pb.Model, asked: Asked, *extras: Extra) -> pb.Model:
-        """Commit `state` with its history entry and the stages it implies; the model as it is then."""
+        """Commit `state` with its history entry and the stages it implies; the model as it is then. One of
+        `extras` has to be the `basis` on which it was decided."""
         key = keyspace.model(model.name, "traffic")
         entry_key = keyspace.release(model.name, state.last_release)
         puts = [
@@ -110,13 +124,11 @@ class Releases:
             Put(entry_key, self._entry(model, state, asked).SerializeToString()),
         ]
         only_if = [Unchanged(key, model.traffic_revision), Unchanged(entry_key, 0)]
-        only_if += self._commits.unchanged(keyspace.model(model.name, "policy"))
         before, after = traffic.serving(model.traffic), traffic.serving(state.traffic)
         for number in sorted(before ^ after):
             to = stages.SERVING if number in after else stages.READY
             stage_key = keyspace.stage(model.name, number)
             puts.append(Put(stage_key, stages.record(to, asked.reason).SerializeToString()))
-            only_if += self._commits.unchanged(stage_key)
         deletes = [d for extra in extras for d in extra.deletes]
         if state.last_release > HISTORY:
             deletes.append(keyspace.release(model.name, state.last_release - HISTORY))
@@ -139,6 +151,11 @@ class Releases:
 
     def holdings(self, name: str, version: int) -> Holdings:
         return Holdings.of(self._catalog.hosting(name, version))
+
+    def _done(self, name: str, asked: Asked) -> bool:
+        """Whether a release has the request's id."""
+        latest = self._catalog.releases(name, RETRIES_REMEMBERED) if asked.request_id else ()
+        return any(release.request_id == asked.request_id for release in latest)
 
     def _entry(self, model: pb.Model, state: pb.Model, asked: Asked) -> pb.Release:
         entry = pb.Release(

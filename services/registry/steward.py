@@ -87,17 +87,20 @@ class Steward:
         for version in model.versions:
             if version.stage not in UNPROVEN:
                 continue
-            holdings = Holdings.of(self._catalog.hosting(model.name, version.version))
-            stage, needed = version.stage, model.policy.min_ready_replicas
-            while (step := stages.following(stage, holdings, needed)) is not None:
-                stage = step[0]
-                await self._set(version, *step, fence)
+            while await self._step(model, version.version, fence):
+                continue
 
-    async def _set(
-        self, version: models_pb2.ModelVersion, to: stages.Stage, why: str, fence: Unchanged
-    ) -> None:
-        key = keyspace.stage(version.model, version.version)
-        record = stages.record(to, why)
+    async def _step(self, model: models_pb2.Model, number: int, fence: Unchanged) -> bool:
+        """Move a version on by one stage; False if there is none. Its stage is read in the same moment as
+        the condition that it stays: a release may have changed it while the version before was written."""
+        version = self._catalog.version(model.name, number)
+        holdings = Holdings.of(self._catalog.hosting(model.name, number))
+        step = stages.following(version.stage, holdings, model.policy.min_ready_replicas)
+        if step is None:
+            return False
+        to, why = step
+        key = keyspace.stage(model.name, number)
         only_if = [*self._commits.unchanged(key), fence]
-        await self._commits.commit([Put(key, record.SerializeToString())], only_if)
-        log.info("%s v%d: %s (%s)", version.model, version.version, stages.name(to), why)
+        await self._commits.commit([Put(key, stages.record(to, why).SerializeToString())], only_if)
+        log.info("%s v%d: %s (%s)", model.name, number, stages.name(to), why)
+        return True

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from lingqu.client import LingquError
 from lingqu.registry.v1 import models_pb2
 from lingqu.registry.v1.models_pb2 import (
     STAGE_READY,
@@ -141,14 +142,32 @@ async def test_the_distance_ends_by_etcds_clock(api: Api) -> None:
     await api.promote(2)
     await refused(api.promote(1))
 
+    refusals = set()
+
     async def released() -> bool:
         try:
             await api.promote(1)
-        except grpc.aio.AioRpcError:
+        except grpc.aio.AioRpcError as err:
+            refusals.add(LingquError(err).reason)
             return False
         return True
 
     await until(released, "the interval has passed")
+    assert refusals == {"TOO_SOON"}, "in its last second, too, which etcd rounds down"
+
+
+async def test_released_while_replicas_announce_it_a_version_is_serving(api: Api) -> None:
+    """The registry moves versions on by itself, and must not take the stage from one that got traffic."""
+    models = [f"m{n}" for n in range(10)]
+    for model in models:
+        await api.create(model)
+        await api.create(model)
+    for model in models:
+        await api.host(1, 2, model=model, instance=model)
+        await api.promote(2, model)
+    for model in models:
+        await api.until_stage(1, STAGE_READY, model)
+        assert (await api.until_stage(2, STAGE_SERVING, model)).version == 2
 
 
 async def test_evaluation_below_its_thresholds_is_not_released(api: Api) -> None:

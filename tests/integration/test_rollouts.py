@@ -20,6 +20,7 @@ from lingqu.registry.v1.rollouts_pb2 import (
     VERDICT_FAIL,
     VERDICT_PASS,
 )
+from services.registry.leader import TTL_S
 from tests.conftest import EtcdServer
 from tests.registries import Api, RegistryProcess, refused, served, weights
 from tests.waiting import pause, until
@@ -63,6 +64,31 @@ async def until_state(api: Api, state: int, step: int | None = None) -> rollouts
     found = await until(reached, f"{rollouts_pb2.RolloutState.Name(state)} at step {step}")  # type: ignore[arg-type]
     assert found
     return found
+
+
+async def test_a_leader_whose_etcd_hangs_gives_up_and_leads_again(etcd_server: EtcdServer, api: Api) -> None:
+    await api.create()
+    await api.host(1)
+    await api.until_stage(1, models_pb2.STAGE_READY)  # so it leads
+    os.kill(etcd_server.pid, signal.SIGSTOP)
+    await pause(TTL_S + 1.5, "longer than a leader waits for its lease to be renewed")
+    os.kill(etcd_server.pid, signal.SIGCONT)
+    number = await created(api)
+    await api.host(1, number)
+    await api.until_stage(number, models_pb2.STAGE_READY)
+
+
+async def created(api: Api) -> int:
+    """A new version, once etcd is back."""
+
+    async def answered() -> int:
+        try:
+            return await api.create()
+        except grpc.aio.AioRpcError as err:
+            assert err.code() == grpc.StatusCode.UNAVAILABLE, err  # noqa: PT017
+            return 0
+
+    return await until(answered, "a version is created")
 
 
 async def test_a_rollout_by_time_alone_ends_with_all_traffic(api: Api) -> None:
