@@ -9,7 +9,7 @@ STUBS  := $(VENV)/.stubs
 MODELS := $(VENV)/.models
 PROTOS := $(shell find protos -name '*.proto')
 
-.PHONY: up test check fix bench soak clean install
+.PHONY: up test check fix bench bench-registry soak clean install
 
 up: install $(MODELS)                        ## start the whole suite; Ctrl-C stops it
 	@exec $(BIN)/lingqu up $(ARGS)
@@ -30,6 +30,12 @@ fix: install                                 ## what can be corrected by itself
 
 bench: install $(MODELS)                     ## the figures of docs/benchmarks.md
 	$(BIN)/python -m bench $(ARGS)
+
+bench-registry: install                      ## watchers, listing, keep-alives, memory, latency of the registry
+	$(BIN)/python -m bench.registry $(ARGS)
+
+soak: install $(MODELS)                      ## the long tests: outages of a minute, minutes of chaos
+	$(BIN)/pytest -m soak $(ARGS)
 
 install: $(STAMP) $(STUBS)
 

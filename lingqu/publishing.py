@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import grpc
 
 from lingqu.artifacts import Artifact as Artifact
 from lingqu.artifacts import PublishFailed as PublishFailed
+from lingqu.client import LingquError
 from lingqu.gateway.v1 import gateway_pb2
 from lingqu.gateway.v1.gateway_pb2_grpc import GatewayServiceStub
 from lingqu.registry.v1 import instances_pb2, models_pb2
@@ -48,13 +50,11 @@ class Publisher:
         if version is None:
             version = await self._create(name, artifact)
             tell(f"{name} v{version}: registered")
-        borrowed = await self.loaded(name, version, timeout_s)
-        tell(f"{name} v{version}: ready")
-        if traffic:
-            await self.promote(name, version, "published")
-            tell(f"{name} v{version}: takes the traffic")
-            if borrowed:
-                await self.forgotten(name, version)
+        async with self.held(name, [version], timeout_s):
+            tell(f"{name} v{version}: ready")
+            if traffic:
+                await self.promote(name, version, "published")
+                tell(f"{name} v{version}: takes the traffic")
         return version
 
     async def promote(
@@ -72,20 +72,35 @@ class Publisher:
         await self._until_routed(name, version)
         return answer.model  # type: ignore[no-any-return]
 
-    async def loaded(self, name: str, version: int, timeout_s: float) -> bool:
-        """Wait until as many replicas have a version ready as its model's policy asks. True if replicas would
-        not hold it by themselves, since it is an old one, and were told to keep it. Raises PublishFailed."""
-        model = await self._model(name)
-        held = _held(model, version)
-        if not held:
-            await self._keep(model, sorted({*model.placement.keep, version}))
-        await self._until_ready(name, version, timeout_s, model.policy.min_ready_replicas)
-        return not held
+    async def released(
+        self, name: str, versions: Iterable[int], timeout_s: float, release: Callable[[], Awaitable[T]]
+    ) -> T:
+        """What `release` does; if a version was not ready for it, once more when it is."""
+        try:
+            return await release()
+        except grpc.aio.AioRpcError as error:
+            if LingquError(error).reason != "NOT_READY":
+                raise
+        async with self.held(name, versions, timeout_s):
+            return await release()
 
-    async def forgotten(self, name: str, version: int) -> None:
-        """Undo what `loaded` told the replicas."""
+    @asynccontextmanager
+    async def held(self, name: str, versions: Iterable[int], timeout_s: float) -> AsyncIterator[None]:
+        """Inside, as many replicas have these versions ready as their model's policy asks. Old ones, which
+        replicas do not hold by themselves, are loaded and kept for as long as the block takes; what has
+        traffic, or a name, by then stays. Raises PublishFailed."""
         model = await self._model(name)
-        await self._keep(model, [kept for kept in model.placement.keep if kept != version])
+        borrowed = {version for version in versions if not _held(model, version)}
+        if borrowed:
+            await self._keep(model, sorted({*model.placement.keep} | borrowed))
+        try:
+            for version in versions:
+                await self._until_ready(name, version, timeout_s, model.policy.min_ready_replicas)
+            yield
+        finally:
+            if borrowed:
+                model = await self._model(name)
+                await self._keep(model, [kept for kept in model.placement.keep if kept not in borrowed])
 
     async def _until_routed(self, name: str, version: int) -> None:
         """Wait until every data plane has the route; a gateway that is away will have it when it is back."""
@@ -114,16 +129,19 @@ class Publisher:
         return version
 
     async def _known(self, name: str, artifact: Artifact) -> int | None:
-        """The version that is this artifact at this place already; one that was taken off line comes back."""
+        """The version that is this artifact already. One that is off line comes back, unless it was to be
+        found elsewhere or signed otherwise: its record cannot change, so that takes a new version."""
         record = artifact.record(name)
         for version in reversed((await self._model(name)).versions):
-            if _same(version, record):
-                if version.stage in (models_pb2.STAGE_REJECTED, models_pb2.STAGE_RETIRED):
-                    request = models_pb2.RestoreModelVersionRequest(
-                        model=name, version=version.version, reason="published again"
-                    )
-                    await self._registry(self._models.RestoreModelVersion, request)
-                return int(version.version)
+            offline = version.stage in (models_pb2.STAGE_REJECTED, models_pb2.STAGE_RETIRED)
+            if not _same(version, record, entirely=offline):
+                continue
+            if offline:
+                request = models_pb2.RestoreModelVersionRequest(
+                    model=name, version=version.version, reason="published again"
+                )
+                await self._registry(self._models.RestoreModelVersion, request)
+            return int(version.version)
         return None
 
     async def _create(self, name: str, artifact: Artifact) -> int:
@@ -169,21 +187,25 @@ class Publisher:
         return await _patient(lambda: method(request, timeout=10, metadata=self._metadata))
 
 
-def _same(version: models_pb2.ModelVersion, record: models_pb2.ModelVersion) -> bool:
-    """Whether a version is what `record` would make, apart from what the registry sets itself."""
+def _same(version: models_pb2.ModelVersion, record: models_pb2.ModelVersion, *, entirely: bool) -> bool:
+    """Whether a version is what `record` would make, apart from what the registry sets itself and, unless
+    `entirely`, from where the artifact is and who signed it."""
     said = models_pb2.ModelVersion()
     said.CopyFrom(version)
     for name in ("version", "create_time", "creator", "stage", "stage_detail", "stage_time"):
         said.ClearField(name)
+    if not entirely:
+        said.artifact.CopyFrom(record.artifact)
+        return version.artifact.sha256 == record.artifact.sha256 and said == record
     return said == record
 
 
 def _held(model: models_pb2.Model, version: int) -> bool:
     """Whether replicas load it by themselves; see services/inference/placement.py."""
     newest = max((v.version for v in model.versions), default=0)
-    traffic = {w.version for w in model.traffic.weights} | set(model.traffic.aliases.values())
-    held = {newest, model.previous_version, model.traffic.shadow_version, *model.placement.keep, *traffic}
-    return version in held
+    shares = [*model.traffic.weights, *model.previous_traffic.weights]
+    named = [*model.traffic.aliases.values(), model.traffic.shadow_version, *model.placement.keep]
+    return version in {newest, *named, *(share.version for share in shares)}
 
 
 def _refusal(answer: models_pb2.GetModelVersionResponse) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from deploy.local.part import Part, Running, grpc_ready
 from lingqu.client import LingquError
@@ -20,12 +21,14 @@ from lingqu.registry.v1.backups_pb2_grpc import BackupServiceStub
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
 from lingqu.registry.v1.rollouts_pb2_grpc import RolloutServiceStub
+from services.core.discovery import Registry
 from services.registry.app import RegistrySettings, running
 from tests.conftest import EtcdServer, free_offset
 from tests.waiting import until
 
 READY = instances_pb2.HOSTED_STATE_READY
 LOADING = instances_pb2.HOSTED_STATE_LOADING
+INSTANCE = instances_pb2.Instance(id="i1", service="inference", endpoints={"grpc": "127.0.0.1:1"})
 FAILED = instances_pb2.HOSTED_STATE_FAILED
 
 
@@ -144,6 +147,35 @@ class RegistryProcess:
     async def stop(self) -> None:
         await self._running.stop()
         await self._channel.close()
+
+
+@asynccontextmanager
+async def connected(etcd: EtcdServer) -> AsyncIterator[Registry]:
+    """A registry on `etcd`, in this process, and the suite's own client of it."""
+    address = f"127.0.0.1:{8082 + free_offset()}"
+    async with running(RegistrySettings(registry_listen=address, etcd=etcd.address, grace_s=0.1)):
+        client = Registry(address)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+
+async def register(
+    registry: Registry, instance: instances_pb2.Instance = INSTANCE, ttl_s: int = 10, lease: int = 0
+) -> int:
+    request = instances_pb2.RegisterInstanceRequest(
+        instance=instance, ttl=Duration(seconds=ttl_s), lease_id=lease
+    )
+    answer = await registry.instances.RegisterInstance(request, timeout=5)
+    return answer.lease_id
+
+
+async def ids(registry: Registry, service: str = "") -> list[str]:
+    answer = await registry.instances.ListInstances(
+        instances_pb2.ListInstancesRequest(service=service), timeout=5
+    )
+    return [instance.id for instance in answer.instances]
 
 
 def version(model: str = "m", **fields: Any) -> models_pb2.ModelVersion:

@@ -19,6 +19,8 @@ from lingqu.client import Client, LingquError, channel_options
 from lingqu.publishing import PublishFailed
 
 T = TypeVar("T")
+GATEWAY_PORT = 8081
+REGISTRY_PORT = 8082
 # Tables are not squeezed into 80 columns when nobody looks at a terminal.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -58,6 +60,11 @@ class Suite:
                 f"no key: {self.state / 'dev.key'} cannot be read. Is the suite running (`lingqu status`)? "
                 "Otherwise pass --key or set LINGQU_KEY."
             )
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """For calls of the parts behind the public port: they know the caller by it. None without a key."""
+        return (("authorization", f"Bearer {key}"),) if (key := self.secret) else ()
 
     def client(self) -> Client:
         """Raises typer.Exit at once if the local suite does not run, instead of trying for minutes."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lingqu
-from lingqu.cli import models, suite, text
+from lingqu.cli import clients, models, registry, releases, rollouts, suite, text
 from lingqu.cli.connection import Suite
 
 app = typer.Typer(
@@ -52,8 +52,21 @@ app.command()(text.generate)
 app.command()(text.chat)
 app.command()(text.embed)
 app.command()(suite.instances)
+for command in (
+    releases.traffic,
+    releases.promote,
+    releases.rollback,
+    releases.alias,
+    releases.history,
+    releases.policy,
+    releases.placement,
+):
+    models.app.command()(command)
 app.add_typer(models.app, name="models")
+app.add_typer(rollouts.app, name="rollouts")
+app.add_typer(clients.app, name="clients")
 app.add_typer(suite.keys, name="keys")
+app.add_typer(registry.app, name="registry")
 
 
 def main() -> None:

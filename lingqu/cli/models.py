@@ -1,56 +1,60 @@
-"""`lingqu models …`."""
+"""`lingqu models …`: versions of models, and what they serve."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.markup import escape
 
-from lingqu.cli.connection import Suite, fail, out, run
-from lingqu.publishing import Artifact, Publisher
+from lingqu.artifacts import Artifact
+from lingqu.cli.connection import GATEWAY_PORT, REGISTRY_PORT, Suite, err, fail, out, run
+from lingqu.cli.modelview import STATES, Hosting, described, models_table, share, show_model
+from lingqu.cli.output import Format, Output, as_json
+from lingqu.publishing import Publisher
 from lingqu.registry.v1 import instances_pb2, models_pb2
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
 
-GATEWAY_PORT = 8081
-REGISTRY_PORT = 8082
-STATES = {
-    instances_pb2.HOSTED_STATE_LOADING: "loading",
-    instances_pb2.HOSTED_STATE_READY: "ready",
-    instances_pb2.HOSTED_STATE_FAILED: "failed",
-}
-
-app = typer.Typer(help="Versions of models: list, show, publish.", no_args_is_help=True)
-Hosting = dict[tuple[str, int], list[tuple[str, Any]]]
+app = typer.Typer(help="Versions of models: publish, look, release, roll back.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(help="Name of the model.")]
+Number = Annotated[int, typer.Argument(help="Number of the version.", min=1)]
+Reason = Annotated[str, typer.Option(help="Why; for the history.")]
+Timeout = Annotated[float, typer.Option(help="How long to wait for replicas, seconds.")]
 
 
 @app.command("list")
-def list_(context: typer.Context) -> None:
-    """All models, which version takes the traffic, and where it runs."""
+def list_(context: typer.Context, output: Output = Format.table) -> None:
+    """All models, their versions, which take the traffic, and where they run."""
     models, hosting = run(read_models(context.obj))
+    if output == Format.json:
+        as_json(models)
+        return
     out.print(models_table(models, hosting) if models else "no models; `lingqu models publish` adds one")
 
 
 @app.command()
-def show(context: typer.Context, name: str) -> None:
-    """One model with all its versions."""
+def show(context: typer.Context, name: Name, output: Output = Format.table) -> None:
+    """One model: its traffic, its policy, and all its versions."""
     models, hosting = run(read_models(context.obj, name))
     if not models:
         fail(f'there is no model "{name}"; `lingqu models list` shows the names')
-    for version in models[0].versions:
-        where = [
-            f"{i} {STATES[m.state]} {m.detail}".strip() for i, m in hosting.get((name, version.version), [])
-        ]
-        traffic = "takes the traffic" if version.version == models[0].traffic_version else "no traffic"
-        out.print(f"[bold]{name} v{version.version}[/bold]  {traffic}")
-        out.print(f"  task      {version.task} on {version.runtime}")
-        out.print(f"  artifact  {version.artifact.uri} ({version.artifact.size_bytes / 1e6:.1f} MB)")
-        out.print(f"  sha256    {version.artifact.sha256}")
-        out.print(f"  created   {version.create_time.ToDatetime():%Y-%m-%d %H:%M:%S} UTC")
+    if output == Format.json:
+        as_json(models[0])
+        return
+    model = models[0]
+    show_model(model)
+    for version in model.versions:
+        held = hosting.get((name, version.version), [])
+        where = [f"{i} {STATES[m.state]} {m.detail}".strip() for i, m in held]
+        part = share(model, version.version)
+        out.print(f"[bold]{name} v{version.version}[/bold]  {part if part != '–' else 'no traffic'}")
+        for label, text in described(version):
+            out.print(f"  {label:<9} {escape(text)}")
         for line in where or ["on no replica"]:
-            out.print(f"  replica   {line}")
+            out.print(f"  replica   {escape(line)}")
 
 
 @app.command()
@@ -61,37 +65,83 @@ def publish(
     traffic: Annotated[
         bool, typer.Option(help="Give the version all traffic once it has proven itself.")
     ] = True,
-    timeout: Annotated[float, typer.Option(help="How long to wait for a replica, seconds.")] = 300.0,
+    store: Annotated[
+        str,
+        typer.Option(
+            help="Copy the artifact there first: s3://…, gs://…, file://…; default: it stays where it is.",
+            envvar="LINGQU_ARTIFACT_STORE",
+        ),
+    ] = "",
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Private key to sign with (PEM; made if it is not there). Default: the suite's own.",
+            envvar="LINGQU_PUBLISHER_KEY",
+        ),
+    ] = None,
+    timeout: Timeout = 300.0,
 ) -> None:
     """Publish an artifact as a version: registered, loaded, proven, and only then given traffic."""
-    found = Artifact.at(artifact) if (artifact / "manifest.json").is_file() else None
-    if found is None:
+    if not (artifact / "manifest.json").is_file():
         fail(f"{artifact} has no manifest.json; `python -m pipeline --help` shows how to make an artifact")
+    suite: Suite = context.obj
 
-    async def work(suite: Suite) -> None:
-        async with suite.channel(REGISTRY_PORT) as registry, suite.channel(GATEWAY_PORT) as gateway:
-            publisher = Publisher(registry, gateway, suite.secret)
-            await publisher.publish(name, found, traffic=traffic, timeout_s=timeout, tell=out.print)
+    async def work(publisher: Publisher) -> None:
+        found = Artifact.at(artifact)
+        if store:
+            found = found.push(store)
+            out.print(f"stored at {found.uri}")
+        found = _signed(found, name, key or suite.state / "publisher.pem")
+        await publisher.publish(name, found, traffic=traffic, timeout_s=timeout, tell=out.print)
 
-    run(work(context.obj))
+    publishing(suite, work)
 
 
-def models_table(models: list[models_pb2.Model], hosting: Hosting) -> Table:
-    table = Table(box=None, header_style="bold")
-    for column in ("MODEL", "VERSION", "TASK", "RUNTIME", "TRAFFIC", "REPLICAS"):
-        table.add_column(column)
-    for model in models:
-        for version in model.versions:
-            replicas = [f"{i} ({STATES[m.state]})" for i, m in hosting.get((model.name, version.version), [])]
-            table.add_row(
-                model.name,
-                str(version.version),
-                version.task,
-                version.runtime,
-                "100 %" if version.version == model.traffic_version else "–",
-                ", ".join(replicas) or "–",
-            )
-    return table
+@app.command()
+def retire(context: typer.Context, name: Name, version: Number, reason: Reason = "") -> None:
+    """Take a version off all replicas. Its record stays, `restore` brings it back."""
+    request = models_pb2.RetireModelVersionRequest(model=name, version=version, reason=reason)
+    call(context.obj, lambda stub: stub.RetireModelVersion, request)
+    out.print(f"{name} v{version}: retired")
+
+
+@app.command()
+def restore(context: typer.Context, name: Name, version: Number, reason: Reason = "") -> None:
+    """Bring a retired or rejected version back: replicas load and prove it anew."""
+    request = models_pb2.RestoreModelVersionRequest(model=name, version=version, reason=reason)
+    call(context.obj, lambda stub: stub.RestoreModelVersion, request)
+    out.print(f"{name} v{version}: registered again")
+
+
+def call(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
+    """One call of ModelService with the caller's key."""
+    return run(_called(suite, method, request))
+
+
+def released(
+    suite: Suite, method: Callable[[Any], Any], request: Any, versions: list[int], timeout_s: float
+) -> Any:
+    """The same for a release; versions that are not loaded for it are loaded first."""
+
+    async def work(publisher: Publisher) -> Any:
+        return await publisher.released(
+            request.model, versions, timeout_s, lambda: _called(suite, method, request)
+        )
+
+    return publishing(suite, work)
+
+
+async def _called(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
+    async with suite.channel(REGISTRY_PORT) as channel:
+        return await method(ModelServiceStub(channel))(request, timeout=10, metadata=suite.metadata)
+
+
+def read_model(suite: Suite, name: str) -> models_pb2.Model:
+    """Ends the command if there is none."""
+    models, _ = run(read_models(suite, name))
+    if not models:
+        fail(f'there is no model "{name}"; `lingqu models list` shows the names')
+    return models[0]
 
 
 async def read_models(suite: Suite, name: str = "") -> tuple[list[models_pb2.Model], Hosting]:
@@ -103,8 +153,27 @@ async def read_models(suite: Suite, name: str = "") -> tuple[list[models_pb2.Mod
         alive: Any = await RegistryServiceStub(channel).ListInstances(
             instances_pb2.ListInstancesRequest(service="inference"), timeout=10
         )
+    if listed.stale:
+        err.print("[yellow]etcd is out of reach: this is the last known state[/yellow]")
     hosting: Hosting = {}
     for instance in alive.instances:
         for hosted in instance.models:
             hosting.setdefault((hosted.model, hosted.version), []).append((instance.id, hosted))
     return list(listed.models), hosting
+
+
+def publishing(suite: Suite, work: Callable[[Publisher], Awaitable[Any]]) -> Any:
+    async def connected() -> Any:
+        async with suite.channel(REGISTRY_PORT) as registry, suite.channel(GATEWAY_PORT) as gateway:
+            return await work(Publisher(registry, gateway, suite.secret))
+
+    return run(connected())
+
+
+def _signed(artifact: Artifact, name: str, key: Path) -> Artifact:
+    try:
+        from services.core.signing import Signer
+    except ImportError as error:
+        err.print(f"[dim]not signed: {error.name} is missing (pip install 'lingqu[publish]')[/dim]")
+        return artifact
+    return artifact.signed(Signer.at(key), name)

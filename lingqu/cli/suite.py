@@ -10,15 +10,14 @@ import typer
 from google.protobuf.duration_pb2 import Duration
 from rich.table import Table
 
-from lingqu.cli.connection import Suite, err, fail, out, run
-from lingqu.cli.models import models_table, read_models
+from lingqu.cli.connection import GATEWAY_PORT, REGISTRY_PORT, Suite, err, fail, out, run
+from lingqu.cli.models import read_models
+from lingqu.cli.modelview import models_table
+from lingqu.cli.output import Format, Output, as_json
 from lingqu.gateway.v1 import gateway_pb2
 from lingqu.gateway.v1.gateway_pb2_grpc import GatewayServiceStub
 from lingqu.registry.v1 import instances_pb2
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
-
-GATEWAY_PORT = 8081
-REGISTRY_PORT = 8082
 
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 
@@ -68,7 +67,7 @@ def status(context: typer.Context) -> None:
     out.print(models_table(models, hosting) if models else "no models")
 
 
-def instances(context: typer.Context) -> None:
+def instances(context: typer.Context, output: Output = Format.table) -> None:
     """All live instances, as the registry knows them."""
 
     async def work(suite: Suite) -> Any:
@@ -78,6 +77,9 @@ def instances(context: typer.Context) -> None:
             )
 
     answer = run(work(context.obj))
+    if output == Format.json:
+        as_json(answer)
+        return
     table = Table(box=None, header_style="bold")
     for column in ("INSTANCE", "SERVICE", "ENDPOINTS", "MODELS"):
         table.add_column(column)

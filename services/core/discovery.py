@@ -34,12 +34,13 @@ NO_ANSWER = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNKNOWN,
 )
-# A registry that does not answer these pings is left, even if nothing was to be told. The last value holds.
-PINGS = [
-    ("grpc.keepalive_time_ms", 3_000),
-    ("grpc.keepalive_timeout_ms", 2_000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
+# A registry that does not answer pings is left, even if nothing was to be told.
+REGISTRY_OPTIONS = {
+    **dict(CHANNEL_OPTIONS),
+    "grpc.keepalive_time_ms": 3_000,
+    "grpc.http2.ping_timeout_ms": 2_000,  # keepalive_timeout_ms alone did not end a call in 30 s
+    "grpc.http2.max_pings_without_data": 0,
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -108,12 +109,13 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model; `weights` are (version, percent), `previous` and `shadow` version numbers, 0 for none."""
+    """A model; `weights` are (version, percent), `previous` the versions that a rollback would give traffic,
+    `shadow` a version or 0."""
 
     name: str
     versions: tuple[Version, ...]
     weights: tuple[tuple[int, int], ...] = ()
-    previous: int = 0
+    previous: tuple[int, ...] = ()
     shadow: int = 0
     aliases: Mapping[str, int] = field(default_factory=dict)
     placement: Placement = Placement()
@@ -144,7 +146,7 @@ class Registry:
 
     def __init__(self, addresses: str) -> None:
         self._channels = [
-            grpc.aio.insecure_channel(address.strip(), options=CHANNEL_OPTIONS + PINGS)
+            grpc.aio.insecure_channel(address.strip(), options=list(REGISTRY_OPTIONS.items()))
             for address in addresses.split(",")
         ]
         self._use(random.choice(self._channels))  # noqa: S311 - spreads load
@@ -378,7 +380,7 @@ def to_model(record: models_pb2.Model) -> Model:
         record.name,
         versions,
         tuple((w.version, w.percent) for w in record.traffic.weights),
-        record.previous_version,
+        tuple(w.version for w in record.previous_traffic.weights),
         record.traffic.shadow_version,
         dict(record.traffic.aliases),
         Placement(dict(placement.labels), placement.replicas, tuple(placement.keep)),

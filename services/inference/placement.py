@@ -25,7 +25,7 @@ def _needed(model: Model) -> list[int]:
     """With traffic, in the shadow, the candidate (the newest), the way back, named, and those to be kept."""
     newest = max((v.key.version for v in model.versions if not v.offline), default=0)
     weighted = [model.traffic, *(version for version, _ in model.weights)]
-    return [*weighted, model.shadow, newest, model.previous, *model.aliases.values(), *model.placement.keep]
+    return [*weighted, model.shadow, newest, *model.previous, *model.aliases.values(), *model.placement.keep]
 
 
 def _is_here(model: Model, version: Version, me: Replica, alive: dict[str, Replica]) -> bool:

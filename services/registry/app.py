@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -40,8 +41,8 @@ from services.registry.steward import Steward
 SERVICES = tuple(
     f"lingqu.registry.v1.{name}Service" for name in ("Registry", "Model", "Rollout", "Access", "Backup")
 )
-# Its clients ping it every three seconds (services/core/discovery.py). The last value holds.
-PINGED = [("grpc.http2.min_ping_interval_without_data_ms", 1_000)]
+# Its clients ping it every three seconds (services/core/discovery.py).
+OPTIONS = {**dict(SERVER_OPTIONS), "grpc.http2.min_ping_interval_without_data_ms": 1_000}
 
 
 class RegistrySettings(Settings):
@@ -70,7 +71,7 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         models = Models(mirror, catalog, commits, releases, conductor, callers, cfg.trusted_keys)
 
         server = grpc.aio.server(
-            interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS + PINGED
+            interceptors=server_stack(tracer, cfg.max_in_flight), options=list(OPTIONS.items())
         )
         instances_pb2_grpc.add_RegistryServiceServicer_to_server(Instances(etcd, mirror, renewals), server)
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
@@ -80,6 +81,9 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         backups_pb2_grpc.add_BackupServiceServicer_to_server(Backups(etcd, mirror), server)
         await stack.enter_async_context(background(mirror.run(), renewals.run()))
         await mirror.synced()
+        # Thousands of streams that live long: looking through all of them again and again paused everybody.
+        gc.freeze()
+        gc.set_threshold(50_000, 50, 100)
         await stack.enter_async_context(background(leadership.run(), steward.run()))
         await stack.enter_async_context(serving(server, cfg.registry_listen, SERVICES, cfg.grace_s))
         yield

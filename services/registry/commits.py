@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
-from services.core.errors import BackendUnavailable, Conflict, Restoring
+from services.core.errors import BackendUnavailable, Conflict, LingquError, Restoring
 from services.registry.etcd import Etcd, Put, Unchanged
 from services.registry.keyspace import MARK, RESTORING
 from services.registry.members import CALL_TIMEOUT_S
@@ -42,6 +43,11 @@ class Commits:
     async def lease(self, ttl_s: int) -> int:
         """For records that go by themselves."""
         return await self._etcd.grant(ttl_s)
+
+    async def release(self, lease: int) -> None:
+        """End a lease that came to nothing; if that fails, it ends by itself."""
+        with contextlib.suppress(LingquError):
+            await self._etcd.revoke(lease)
 
     async def remaining_s(self, key: str) -> int | None:
         """How long a leased key still lives, at least 1; None if it is gone. etcd rounds down, and takes up

@@ -59,6 +59,7 @@ class Models(ModelServiceServicer):
         version.creator = caller.client
         name = version.model
         request_key = keyspace.model(name, "requests", validation.request_id(request.request_id))
+        lease = 0
         for _ in range(CREATE_TRIES):
             if request.request_id and (done := self._mirror.get(request_key)):
                 return pb.CreateModelVersionResponse(version=self._catalog.version(name, int(done.value)))
@@ -68,7 +69,7 @@ class Models(ModelServiceServicer):
             key = keyspace.version(name, version.version)
             puts, only_if = [Put(key, version.SerializeToString())], [Unchanged(key, 0)]
             if request.request_id:
-                lease = await self._commits.lease(REQUEST_TTL_S)
+                lease = lease or await self._commits.lease(REQUEST_TTL_S)
                 puts.append(Put(request_key, str(version.version).encode(), lease))
                 only_if.append(Unchanged(request_key, 0))
             try:

@@ -80,16 +80,16 @@ class Releases:
 
     def admissible(self, model: pb.Model, after: pb.Traffic, *, gate: bool, needed: int = 0) -> Extra:
         """Every version that `after` names exists, is not off line and is ready on enough replicas; with
-        `gate`, those that have no traffic yet also pass the model's evaluation thresholds. Returns the
-        condition that this stays so, for `carry_out`."""
-        before = traffic.serving(model.traffic)
+        `gate`, those that get more traffic than before also pass the model's evaluation thresholds. Returns
+        the condition that this stays so, for `carry_out`."""
+        before, share = traffic.shares(model.traffic), traffic.shares(after)
         wanted = traffic.serving(after)
         for number in sorted(wanted | set(after.aliases.values()) - set(model.traffic.aliases.values())):
             version = self._catalog.version(model.name, number)
             policies.check_version(version)
             least = needed or model.policy.min_ready_replicas if number in wanted else 1
             policies.check_ready(version, self.holdings(model.name, number), least)
-            if gate and number in wanted - before:
+            if gate and share.get(number, 0) > before.get(number, 0):
                 policies.check_evaluation(version, model.policy)
         return self.basis(model, after)
 
@@ -138,6 +138,8 @@ class Releases:
         try:
             await self._commits.commit(puts, only_if, deletes)
         except Conflict as err:
+            for lease in {put.lease for put in puts if put.lease}:
+                await self._commits.release(lease)
             raise Conflict(
                 f'"{model.name}" was released by somebody else at the same time; look again'
             ) from err

@@ -43,15 +43,17 @@ class Renewals:
                 self._fail(str(err) or f"etcd renewed no lease for {CALL_TIMEOUT_S:.0f} s")
 
     async def _take(self, answers: AsyncGenerator[tuple[int, int], None]) -> None:
-        while True:
-            await self._needed.wait()
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                lease, left_s = await anext(answers)
-            for renewed in self._waiting.pop(lease, ()):
-                if not renewed.done():
-                    renewed.set_result(left_s)
-            if not self._waiting:
-                self._needed.clear()
+        clock = asyncio.get_running_loop().time
+        async with asyncio.timeout(CALL_TIMEOUT_S) as silence:
+            async for lease, left_s in answers:
+                for renewed in self._waiting.pop(lease, ()):
+                    if not renewed.done():
+                        renewed.set_result(left_s)
+                if not self._waiting:
+                    self._needed.clear()
+                    silence.reschedule(None)
+                    await self._needed.wait()
+                silence.reschedule(clock() + CALL_TIMEOUT_S)
 
     def _fail(self, text: str) -> None:
         """Each with a retry delay of its own."""

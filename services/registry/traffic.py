@@ -35,8 +35,9 @@ def canary(model: pb.Model, stable: int, version: int, percent: int) -> pb.Traff
 def named(model: pb.Model, alias: str, version: int) -> pb.Traffic:
     """The same traffic with a name more; or, for version 0, without it."""
     names = {**model.traffic.aliases, alias: version}
-    weights = {w.version: w.percent for w in model.traffic.weights}
-    return _traffic(weights, model.traffic.shadow_version, {n: v for n, v in names.items() if v})
+    return _traffic(
+        shares(model.traffic), model.traffic.shadow_version, {n: v for n, v in names.items() if v}
+    )
 
 
 def forward(model: pb.Model, after: pb.Traffic) -> pb.Model:
@@ -63,8 +64,7 @@ def back(model: pb.Model, history: History) -> pb.Model:
     goal = model.previous_traffic
     moved = {name: v for name, v in goal.aliases.items() if name in (STABLE, CANARY)}
     kept = {name: v for name, v in model.traffic.aliases.items() if name not in (STABLE, CANARY)}
-    weights = {w.version: w.percent for w in goal.weights}
-    after = _traffic(weights, goal.shadow_version, {**kept, **moved})
+    after = _traffic(shares(goal), goal.shadow_version, {**kept, **moved})
     made = history(model.previous_release) or pb.Release()
     return _state(model, after, model.previous_release, made.previous_traffic, made.previous_release)
 
@@ -74,9 +74,14 @@ def main_version(traffic: pb.Traffic) -> int:
     return max(((w.percent, w.version) for w in traffic.weights), default=(0, 0))[1]
 
 
+def shares(traffic: pb.Traffic) -> dict[int, int]:
+    """Percent by version."""
+    return {w.version: w.percent for w in traffic.weights}
+
+
 def serving(traffic: pb.Traffic) -> set[int]:
     """Versions that get requests, or copies of them."""
-    return {w.version for w in traffic.weights} | ({traffic.shadow_version} - {0})
+    return shares(traffic).keys() | ({traffic.shadow_version} - {0})
 
 
 def _state(

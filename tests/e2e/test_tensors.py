@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -17,32 +16,8 @@ from tritonclient.utils import InferenceServerException
 
 import lingqu
 from bench.suite import Suite
-from lingqu.publishing import Artifact, Publisher
-from lingqu.registry.v1 import models_pb2
 from pipeline.bundled import TEXT_MODEL, VECTOR_MODEL
-from pipeline.package import Package
-from pipeline.tensor import package_tensor
-from services.core.discovery import Registry
-from services.inference.artifact import Manifest
-from tests.waiting import until
-
-MODEL = """
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-
-class TritonPythonModel:
-    def execute(self, requests):
-        tensor = pb_utils.Tensor("VERSION", np.array([[{version}]], dtype=np.int32))
-        return [pb_utils.InferenceResponse([tensor]) for _ in requests]
-"""
-CONFIG = """
-backend: "python"
-max_batch_size: 8
-input [ { name: "INPUT" data_type: TYPE_INT32 dims: [ 2 ] } ]
-output [ { name: "VERSION" data_type: TYPE_INT32 dims: [ 1 ] } ]
-instance_group [ { count: 1 kind: KIND_CPU } ]
-"""
+from tests.tensors import MODEL, made, pair, version_of
 
 
 @pytest.fixture
@@ -54,21 +29,6 @@ def client(suite: Suite) -> Iterator[triton.InferenceServerClient]:
 @pytest.fixture
 def headers(suite: Suite) -> dict[str, str]:
     return {"authorization": f"Bearer {suite.key}"}
-
-
-def made(tmp_path: Path, version: int, body: str = "") -> Package:
-    """An artifact whose model answers with its version."""
-    folder = tmp_path / f"source{version}"
-    folder.mkdir()
-    (folder / "config.pbtxt").write_text(CONFIG)
-    (folder / "model.py").write_text(body or MODEL.format(version=version))
-    return package_tensor(folder, tmp_path / "made")
-
-
-def pair(shape: tuple[int, ...] = (1, 2), kind: str = "INT32") -> list[Any]:
-    found = triton.InferInput("INPUT", list(shape), kind)
-    found.set_data_from_numpy(np.zeros(shape, np.int32 if kind == "INT32" else np.float32))
-    return [found]
 
 
 def test_vectors_over_the_protocol(
@@ -274,148 +234,4 @@ async def test_an_answer_may_take_longer_than_a_proxy_waits_by_default(
     )
     await suite.publish("slow", made(tmp_path, 1, body).folder)
     answer = await asyncio.to_thread(client.infer, "slow", pair(), headers=headers)
-    assert int(answer.as_numpy("VERSION")[0, 0]) == 1
-
-
-# --- Versions -----------------------------------------------------------------------------------------
-
-
-def versions_seen(client: triton.InferenceServerClient, headers: dict[str, str], **request: Any) -> set[int]:
-    """What ten unary requests and ten on one stream are answered by."""
-    seen = {
-        int(client.infer("v", pair(), headers=headers, **request).as_numpy("VERSION")[0, 0])
-        for _ in range(10)
-    }
-    answers: queue.Queue[Any] = queue.Queue()
-    client.start_stream(lambda result, error: answers.put(error or result), headers=headers)
-    for _ in range(10):
-        client.async_stream_infer("v", pair(), **request)
-    for _ in range(10):
-        answer = answers.get(timeout=10)
-        assert not isinstance(answer, Exception), answer
-        seen.add(int(answer.as_numpy("VERSION")[0, 0]))
-    client.stop_stream()
-    return seen
-
-
-async def test_a_new_version_takes_traffic_when_it_is_given_and_not_before(
-    suite: Suite, client: triton.InferenceServerClient, headers: dict[str, str], tmp_path: Path
-) -> None:
-    """Also for requests that name no version, which Triton would answer with the newest."""
-    registry = Registry(suite.layout.address(8082))
-
-    async def give_traffic(version: int) -> None:
-        request = models_pb2.SetTrafficRequest(model="v", version=version)
-        await registry.models.SetTraffic(request, timeout=5)
-
-    await suite.publish("v", made(tmp_path, 1).folder)
-    await until(lambda: _answers(client, headers), "version 1 is routed")
-    failures: list[Exception] = []
-    seen: list[int] = []
-    done = asyncio.Event()
-
-    async def load() -> None:
-        with triton.InferenceServerClient(suite.public) as own:
-            while not done.is_set():
-                try:
-                    answer = await asyncio.to_thread(own.infer, "v", pair(), headers=headers)
-                    seen.append(int(answer.as_numpy("VERSION")[0, 0]))
-                except InferenceServerException as err:
-                    failures.append(err)
-
-    loading = asyncio.create_task(load())
-    await suite.publish("v", made(tmp_path, 2).folder, traffic=False)
-    assert await asyncio.to_thread(versions_seen, client, headers) == {1}
-    assert await asyncio.to_thread(versions_seen, client, headers, model_version="2") == {2}
-    assert set(seen) == {1}
-    await give_traffic(2)
-    await until(lambda: seen[-1] == 2, "version 2 takes the traffic", timeout_s=1)
-    assert await asyncio.to_thread(versions_seen, client, headers) == {2}
-    await give_traffic(1)
-    await until(lambda: seen[-1] == 1, "and back", timeout_s=1)
-    assert await asyncio.to_thread(versions_seen, client, headers) == {1}
-    done.set()
-    await loading
-    await registry.close()
-    assert [str(failure) for failure in failures] == []
-    assert len(seen) > 20
-
-
-def _answers(client: triton.InferenceServerClient, headers: dict[str, str]) -> bool:
-    try:
-        client.infer("v", pair(), headers=headers)
-    except InferenceServerException:
-        return False
-    return True
-
-
-async def test_a_corrupt_artifact_is_refused_and_never_loaded(suite: Suite, tmp_path: Path) -> None:
-    package = made(tmp_path, 77)
-    (package.folder / "model.py").write_text("raise SystemExit('ran code that nobody signed for')\n")
-    with pytest.raises(lingqu.publishing.PublishFailed, match=r"model\.py is corrupt"):
-        await suite.publish("corrupt", package.folder)  # found before anything is registered
-    whole = Artifact(package.uri, package.sha256, package.size_bytes, "tensor", "python")
-    async with grpc.aio.insecure_channel(suite.layout.address(8082)) as channel:
-        with pytest.raises(lingqu.publishing.PublishFailed, match=r"model\.py is corrupt"):
-            await Publisher(channel).publish("corrupt", whole, traffic=True, timeout_s=30, tell=print)
-    with triton.InferenceServerClient(suite.triton) as direct:
-        index = direct.get_model_repository_index()
-    assert "corrupt" not in {model.name for model in index.models}
-
-
-async def test_a_version_that_does_not_load_leaves_the_one_before_alone(
-    suite: Suite, client: triton.InferenceServerClient, headers: dict[str, str], tmp_path: Path
-) -> None:
-    await suite.publish("fragile", made(tmp_path, 1).folder)
-    broken = made(tmp_path, 2, "raise RuntimeError('no such device')\n")
-    with pytest.raises(lingqu.publishing.PublishFailed, match="no such device"):
-        await suite.publish("fragile", broken.folder)
-    answer = await asyncio.to_thread(client.infer, "fragile", pair(), headers=headers)
-    assert int(answer.as_numpy("VERSION")[0, 0]) == 1
-
-
-async def test_whatever_is_wrong_with_a_version_harms_no_other(
-    suite: Suite, client: triton.InferenceServerClient, headers: dict[str, str], tmp_path: Path
-) -> None:
-    await suite.publish("sound", made(tmp_path, 1).folder)
-    broken = {
-        "misspelt configuration": ("config.pbtxt", CONFIG.replace("max_batch_size", "max_bach_size")),
-        "other inputs": ("config.pbtxt", CONFIG.replace("INPUT", "Z")),
-        "no Python": ("model.py", "def ("),
-    }
-    for number, (name, content) in enumerate(broken.values(), 2):
-        folder = tmp_path / f"broken{number}"
-        folder.mkdir()
-        (folder / "config.pbtxt").write_text(CONFIG)
-        (folder / "model.py").write_text(MODEL.format(version=number))
-        (folder / name).write_text(content)
-        with pytest.raises(lingqu.publishing.PublishFailed, match="refused by every replica"):
-            await suite.publish("sound", package_tensor(folder, tmp_path / "made").folder)
-        answer = await asyncio.to_thread(client.infer, "sound", pair(), headers=headers)
-        assert int(answer.as_numpy("VERSION")[0, 0]) == 1
-
-
-async def test_a_version_that_answers_wrongly_is_refused(
-    suite: Suite, artifacts: dict[str, Path], tmp_path: Path
-) -> None:
-    """The golden vectors are exchanged: all is intact, but it is not the model that was judged."""
-    from pipeline.package import seal
-
-    manifest = Manifest.read(artifacts[VECTOR_MODEL])
-    first, second, *rest = manifest.golden_vectors
-    swapped = (
-        first.model_copy(update={"vector": second.vector}),
-        second.model_copy(update={"vector": first.vector}),
-        *rest,
-    )
-    staging = tmp_path / "staging"
-    staging.mkdir()
-    for name in manifest.files:
-        (staging / name).symlink_to(artifacts[VECTOR_MODEL] / name)
-    package = seal(staging, manifest.model_copy(update={"golden_vectors": swapped}), tmp_path / "made")
-    with pytest.raises(lingqu.publishing.PublishFailed, match="golden example"):
-        await suite.publish("impostor", package.folder)
-    async with lingqu.Client(suite.public, suite.key) as client:
-        with pytest.raises(lingqu.LingquError) as caught:
-            await client.embed("impostor", ["x"])
-    assert caught.value.code == grpc.StatusCode.NOT_FOUND
+    assert version_of(answer) == 1

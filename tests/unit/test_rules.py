@@ -27,7 +27,7 @@ def model(count: int, traffic: int, previous: int) -> Model:
     versions = tuple(
         Version(VersionKey("m", n), "file:///x", "0", "tensor", "python") for n in range(1, count + 1)
     )
-    return Model("m", versions, ((traffic, 100),) if traffic else (), previous)
+    return Model("m", versions, ((traffic, 100),) if traffic else (), (previous,))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""`lingqu clients …`: who may call which models, within which limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from lingqu.cli.connection import REGISTRY_PORT, Suite, out, run
+from lingqu.cli.output import Format, Output, as_json, table
+from lingqu.registry.v1 import access_pb2
+from lingqu.registry.v1.access_pb2_grpc import AccessServiceStub
+
+app = typer.Typer(help="Clients: allowed models and limits.", no_args_is_help=True)
+LIMITS = {
+    "requests_per_second": "req/s",
+    "requests_per_minute": "req/min",
+    "concurrent_requests": "at once",
+    "tokens_per_minute": "tok/min",
+    "tokens_per_day": "tok/day",
+}
+Client = Annotated[str, typer.Argument(help="Name of the client, as in its keys.")]
+Limit = Annotated[int | None, typer.Option(help="0: no limit.", min=0)]
+
+
+@app.command("list")
+def list_(context: typer.Context, output: Output = Format.table) -> None:
+    """All clients."""
+    clients = _call(context.obj, lambda stub: stub.ListClients, access_pb2.ListClientsRequest()).clients
+    if output == Format.json:
+        as_json(clients)
+        return
+    rows = [
+        (c.name, ", ".join(c.models) or "none", _limits(c.limits), "disabled" if c.disabled else "")
+        for c in clients
+    ]
+    table(("CLIENT", "MODELS", "LIMITS", ""), rows, "no clients; `lingqu clients set` adds one")
+
+
+@app.command()
+def show(context: typer.Context, name: Client, output: Output = Format.json) -> None:
+    """One client with everything."""
+    client = _call(context.obj, lambda stub: stub.GetClient, access_pb2.GetClientRequest(name=name)).client
+    if output == Format.json:
+        as_json(client)
+    else:
+        out.print(f"[bold]{client.name}[/bold]  {', '.join(client.models) or 'no models'}")
+        out.print(f"  limits  {_limits(client.limits) or 'none'}")
+
+
+@app.command("set")
+def set_(
+    context: typer.Context,
+    name: Client,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Model it may call, '*' for any text; repeatable; '' for none."),
+    ] = None,
+    requests_per_second: Limit = None,
+    requests_per_minute: Limit = None,
+    concurrent_requests: Limit = None,
+    tokens_per_minute: Limit = None,
+    tokens_per_day: Limit = None,
+    disabled: Annotated[bool | None, typer.Option(help="None of its keys works.")] = None,
+) -> None:
+    """Create a client, or change one; what is not named stays."""
+    given = {
+        "requests_per_second": requests_per_second,
+        "requests_per_minute": requests_per_minute,
+        "concurrent_requests": concurrent_requests,
+        "tokens_per_minute": tokens_per_minute,
+        "tokens_per_day": tokens_per_day,
+    }
+    known = _call(context.obj, lambda stub: stub.ListClients, access_pb2.ListClientsRequest()).clients
+    client = next((c for c in known if c.name == name), access_pb2.Client(name=name))
+    if model is not None:
+        client.models[:] = [text for text in model if text]
+    for field, value in given.items():
+        if value is not None:
+            setattr(client.limits, field, value)
+    if disabled is not None:
+        client.disabled = disabled
+    request = access_pb2.SetClientRequest(client=client, expected_revision=client.revision)
+    client = _call(context.obj, lambda stub: stub.SetClient, request).client
+    out.print(f"{name}: {', '.join(client.models) or 'no models'}; {_limits(client.limits) or 'no limits'}")
+
+
+@app.command()
+def delete(context: typer.Context, name: Client) -> None:
+    """Forget a client."""
+    _call(context.obj, lambda stub: stub.DeleteClient, access_pb2.DeleteClientRequest(name=name))
+    out.print(f"{name}: deleted")
+
+
+def _call(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
+    async def work() -> Any:
+        async with suite.channel(REGISTRY_PORT) as channel:
+            return await method(AccessServiceStub(channel))(request, timeout=10, metadata=suite.metadata)
+
+    return run(work())
+
+
+def _limits(limits: access_pb2.Limits) -> str:
+    found = ((getattr(limits, field), unit) for field, unit in LIMITS.items())
+    return ", ".join(f"{value:,} {unit}" for value, unit in found if value)
