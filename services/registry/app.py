@@ -31,6 +31,7 @@ from services.registry.conductor import Conductor
 from services.registry.etcd import Etcd
 from services.registry.instances import Instances
 from services.registry.leader import Leadership
+from services.registry.leases import Leases
 from services.registry.mirror import Mirror
 from services.registry.models import Models
 from services.registry.releases import Releases
@@ -62,7 +63,7 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         tracer = stack.enter_context(tracing("lingqu-registry", cfg.otlp_endpoint))
         etcd = Etcd(cfg.etcd)
         stack.push_async_callback(etcd.close)
-        mirror, renewals = Mirror(etcd), Renewals(etcd)
+        mirror, leases, renewals = Mirror(etcd), Leases(etcd), Renewals(etcd)
         catalog, commits, callers = Catalog(mirror), Commits(etcd, mirror), Callers(cfg.jwks)
         releases = Releases(catalog, commits)
         conductor = Conductor(catalog, commits, releases)
@@ -73,13 +74,15 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         server = grpc.aio.server(
             interceptors=server_stack(tracer, cfg.max_in_flight), options=list(OPTIONS.items())
         )
-        instances_pb2_grpc.add_RegistryServiceServicer_to_server(Instances(etcd, mirror, renewals), server)
+        instances_pb2_grpc.add_RegistryServiceServicer_to_server(
+            Instances(etcd, mirror, leases, renewals), server
+        )
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         rollouts = Rollouts(catalog, conductor, callers)
         rollouts_pb2_grpc.add_RolloutServiceServicer_to_server(rollouts, server)
         access_pb2_grpc.add_AccessServiceServicer_to_server(Access(mirror, commits), server)
         backups_pb2_grpc.add_BackupServiceServicer_to_server(Backups(etcd, mirror), server)
-        await stack.enter_async_context(background(mirror.run(), renewals.run()))
+        await stack.enter_async_context(background(mirror.run(), leases.run(), renewals.run()))
         await mirror.synced()
         # Thousands of streams that live long: looking through all of them again and again paused everybody.
         gc.freeze()

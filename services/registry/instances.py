@@ -15,6 +15,7 @@ from services.core.interceptors import Context
 from services.registry import validation
 from services.registry.etcd import Etcd, Put, Record, Unchanged
 from services.registry.keyspace import INSTANCES
+from services.registry.leases import Leases
 from services.registry.mirror import Mirror, Update
 from services.registry.renewals import Renewals
 from services.registry.watching import Feed
@@ -23,9 +24,10 @@ REGISTER_TRIES = 4
 
 
 class Instances(RegistryServiceServicer):
-    def __init__(self, etcd: Etcd, mirror: Mirror, renewals: Renewals) -> None:
+    def __init__(self, etcd: Etcd, mirror: Mirror, leases: Leases, renewals: Renewals) -> None:
         self._etcd = etcd
         self._mirror = mirror
+        self._leases = leases
         self._renewals = renewals
         self._feed = Feed(mirror, INSTANCES, _respond)
 
@@ -56,12 +58,12 @@ class Instances(RegistryServiceServicer):
     async def _lease(self, known: Record | None, held: int, ttl_s: int) -> int:
         """The lease to write under, for a caller that holds `held`."""
         if known is None:
-            return await self._etcd.grant(ttl_s, held)
+            return await (self._etcd.grant(ttl_s, held) if held else self._leases.take(ttl_s))
         if known.lease == held:
             return held
         if held:
             raise AlreadyExists("another process has registered under this id since, and lives")
-        return await self._etcd.grant(ttl_s)
+        return await self._leases.take(ttl_s)
 
     async def _release(self, known: Record | None, lease: int) -> None:
         """End the lease of a record that is not under it any more, so that its holder learns of that with its
