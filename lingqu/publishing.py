@@ -106,7 +106,7 @@ class Publisher:
         """Wait until every data plane has the route; a gateway that is away will have it when it is back."""
         deadline = time.monotonic() + ROUTED_TIMEOUT_S
         while self._gateway is not None and time.monotonic() < deadline:
-            answer = await _patient(self._routes)
+            answer = await patient(self._routes)
             routed = any((r.model, r.version) == (name, version) for r in answer.routes)
             if routed and all(p.synced_version == answer.version for p in answer.data_planes):
                 return
@@ -159,7 +159,8 @@ class Publisher:
             ready = sum(r.state == instances_pb2.HOSTED_STATE_READY for r in answer.replicas)
             if ready >= max(1, needed):
                 return
-            if reason := _refusal(answer):
+            if answer.version.stage == models_pb2.STAGE_REJECTED:
+                reason = answer.version.stage_detail
                 raise PublishFailed(f"{name} v{version} was refused by every replica: {reason}")
             if time.monotonic() > deadline:
                 break
@@ -184,7 +185,7 @@ class Publisher:
         return answer.models[0] if answer.models else models_pb2.Model(name=name)
 
     async def _registry(self, method: Any, request: Any) -> Any:
-        return await _patient(lambda: method(request, timeout=10, metadata=self._metadata))
+        return await patient(lambda: method(request, timeout=10, metadata=self._metadata))
 
 
 def _same(version: models_pb2.ModelVersion, record: models_pb2.ModelVersion, *, entirely: bool) -> bool:
@@ -208,17 +209,7 @@ def _held(model: models_pb2.Model, version: int) -> bool:
     return version in {newest, *named, *(share.version for share in shares)}
 
 
-def _refusal(answer: models_pb2.GetModelVersionResponse) -> str:
-    """Why a version is refused for good; empty if it is not."""
-    if answer.version.stage == models_pb2.STAGE_REJECTED:
-        return answer.version.stage_detail
-    failed = [r for r in answer.replicas if r.state == instances_pb2.HOSTED_STATE_FAILED and not r.will_retry]
-    if len(failed) < len(answer.replicas):
-        return ""
-    return "; ".join(f"{r.instance}: {r.detail}" for r in failed)
-
-
-async def _patient(call: Callable[[], Awaitable[T]]) -> T:
+async def patient(call: Callable[[], Awaitable[T]]) -> T:
     """Try again while the registry or the gateway is away, for PATIENCE_S at most. Every call here is safe to
     repeat: reads, and writes with a request id or with the same effect twice."""
     deadline = time.monotonic() + PATIENCE_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,9 @@ from rich.markup import escape
 
 from lingqu.artifacts import Artifact
 from lingqu.cli.connection import GATEWAY_PORT, REGISTRY_PORT, Suite, err, fail, out, run
-from lingqu.cli.modelview import STATES, Hosting, described, models_table, share, show_model
+from lingqu.cli.modelview import STATES, Hosting, described, models_table, share, show_model, stage
 from lingqu.cli.output import Format, Output, as_json
-from lingqu.publishing import Publisher
+from lingqu.publishing import Publisher, patient
 from lingqu.registry.v1 import instances_pb2, models_pb2
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
@@ -98,19 +99,28 @@ def publish(
 
 
 @app.command()
-def retire(context: typer.Context, name: Name, version: Number, reason: Reason = "") -> None:
+def retire(
+    context: typer.Context, name: Name, version: Number, reason: Reason = "", output: Output = Format.table
+) -> None:
     """Take a version off all replicas. Its record stays, `restore` brings it back."""
     request = models_pb2.RetireModelVersionRequest(model=name, version=version, reason=reason)
-    call(context.obj, lambda stub: stub.RetireModelVersion, request)
-    out.print(f"{name} v{version}: retired")
+    _tell(call(context.obj, lambda stub: stub.RetireModelVersion, request).version, output)
 
 
 @app.command()
-def restore(context: typer.Context, name: Name, version: Number, reason: Reason = "") -> None:
+def restore(
+    context: typer.Context, name: Name, version: Number, reason: Reason = "", output: Output = Format.table
+) -> None:
     """Bring a retired or rejected version back: replicas load and prove it anew."""
     request = models_pb2.RestoreModelVersionRequest(model=name, version=version, reason=reason)
-    call(context.obj, lambda stub: stub.RestoreModelVersion, request)
-    out.print(f"{name} v{version}: registered again")
+    _tell(call(context.obj, lambda stub: stub.RestoreModelVersion, request).version, output)
+
+
+def _tell(version: models_pb2.ModelVersion, output: Format) -> None:
+    if output == Format.json:
+        as_json(version)
+    else:
+        out.print(f"{version.model} v{version.version}: {stage(version)}")
 
 
 def call(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
@@ -132,8 +142,12 @@ def released(
 
 
 async def _called(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
+    """Releases carry an id, so that trying again while the registry is away is safe."""
+    if "request_id" in request.DESCRIPTOR.fields_by_name and not request.request_id:
+        request.request_id = uuid.uuid4().hex
     async with suite.channel(REGISTRY_PORT) as channel:
-        return await method(ModelServiceStub(channel))(request, timeout=10, metadata=suite.metadata)
+        stub: Any = ModelServiceStub(channel)
+        return await patient(lambda: method(stub)(request, timeout=10, metadata=suite.metadata))
 
 
 def read_model(suite: Suite, name: str) -> models_pb2.Model:

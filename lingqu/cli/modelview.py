@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lingqu.cli.connection import out
@@ -65,9 +66,9 @@ def show_model(model: models_pb2.Model) -> None:
     if model.previous_version:
         out.print(f"  way back  {shares(model.previous_traffic)}")
     if asked := policy(model.policy):
-        out.print(f"  policy    {asked}")
+        out.print(f"  policy    {escape(asked)}")
     if model.placement.ByteSize():
-        out.print(f"  placement {placement(model.placement)}")
+        out.print(f"  placement {escape(placement(model.placement))}")
     if model.rollout.id:
         out.print(f"  rollout   of v{model.rollout.version}; `lingqu rollouts show {model.name}`")
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from google.protobuf.duration_pb2 import Duration
+from rich.markup import escape
 
 from lingqu.cli.arguments import bounded
 from lingqu.cli.connection import fail, out
@@ -61,10 +62,20 @@ def promote(
     tell(publishing(context.obj, work), output)
 
 
-def rollback(context: typer.Context, name: Name, reason: Reason = "", output: Output = Format.table) -> None:
+def rollback(
+    context: typer.Context,
+    name: Name,
+    reason: Reason = "",
+    timeout: Timeout = 120.0,
+    output: Output = Format.table,
+) -> None:
     """Go back to the traffic before the last release; again, one further. Ends a running rollout."""
-    request = models_pb2.RollbackModelRequest(model=name, reason=reason)
-    tell(call(context.obj, lambda stub: stub.RollbackModel, request).model, output)
+    model = read_model(context.obj, name)
+    versions = [weight.version for weight in model.previous_traffic.weights]
+    request = models_pb2.RollbackModelRequest(
+        model=name, reason=reason, expected_revision=model.traffic_revision
+    )
+    tell(released(context.obj, lambda stub: stub.RollbackModel, request, versions, timeout).model, output)
 
 
 def alias(
@@ -148,7 +159,7 @@ def policy(
     if output == Format.json:
         as_json(model.policy)
     else:
-        out.print(policy_words(model.policy) or "no policy: everybody may release, at any time")
+        out.print(escape(policy_words(model.policy)) or "no policy: everybody may release, at any time")
 
 
 def placement(
@@ -184,7 +195,7 @@ def placement(
     if output == Format.json:
         as_json(model.placement)
     else:
-        out.print(placement_words(model.placement))
+        out.print(escape(placement_words(model.placement)))
 
 
 def _weight(text: str) -> models_pb2.Weight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from lingqu.cli.arguments import bounded, duration
 from lingqu.cli.connection import REGISTRY_PORT, Suite, fail, out, run
 from lingqu.cli.models import Name, Number, Reason, Timeout, publishing
 from lingqu.cli.output import Format, Output, as_json, table, when
-from lingqu.publishing import Publisher
+from lingqu.publishing import Publisher, patient
 from lingqu.registry.v1 import rollouts_pb2
 from lingqu.registry.v1.rollouts_pb2_grpc import RolloutServiceStub
 
@@ -52,7 +53,9 @@ def start(
         require_pass=require_pass,
         verdict_timeout=_duration(timeout),
     )
-    request = rollouts_pb2.StartRolloutRequest(model=name, version=version, plan=plan, reason=reason)
+    request = rollouts_pb2.StartRolloutRequest(
+        model=name, version=version, plan=plan, reason=reason, request_id=uuid.uuid4().hex
+    )
 
     async def work(publisher: Publisher) -> Any:
         return await publisher.released(
@@ -131,7 +134,8 @@ def _call(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
 
 async def _called(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
     async with suite.channel(REGISTRY_PORT) as channel:
-        return await method(RolloutServiceStub(channel))(request, timeout=10, metadata=suite.metadata)
+        stub: Any = RolloutServiceStub(channel)
+        return await patient(lambda: method(stub)(request, timeout=10, metadata=suite.metadata))
 
 
 def _tell(rollout: rollouts_pb2.Rollout, output: Format) -> None:
@@ -148,11 +152,11 @@ def _tell(rollout: rollouts_pb2.Rollout, output: Format) -> None:
     for guard in rollout.plan.guards:
         low = f" ≥ {guard.min:g}" if guard.HasField("min") else ""
         high = f" ≤ {guard.max:g}" if guard.HasField("max") else ""
-        out.print(f"  guard     {guard.metric}{low}{high}, from {guard.min_samples} samples on")
+        out.print(f"  guard     {escape(guard.metric)}{low}{high}, from {guard.min_samples} samples on")
     if rollout.HasField("report"):
         figures = ", ".join(f"{name} {value:g}" for name, value in sorted(rollout.report.figures.items()))
         opinion = rollouts_pb2.Verdict.Name(rollout.report.verdict).removeprefix("VERDICT_").lower()
-        out.print(f"  report    {opinion} {figures} from {rollout.report.samples} samples")
+        out.print(f"  report    {opinion} {escape(figures)} from {rollout.report.samples} samples")
     if rollout.detail:
         out.print(f"  {'waits' if rollout.waited else 'because'}   {escape(rollout.detail)}")
 

@@ -94,6 +94,8 @@ class Version:
     signature: bytes = b""
     signer: str = ""
     requirements: Requirements = Requirements()
+    golden_examples: int = 0
+    evaluation: Mapping[str, float] = field(default_factory=dict)
     offline: bool = False
     """Retired or rejected: nobody loads it."""
 
@@ -371,6 +373,8 @@ def to_model(record: models_pb2.Model) -> Model:
             v.artifact.signature,
             v.artifact.signer,
             Requirements(v.requirements.engine, v.requirements.fingerprint),
+            v.golden_examples,
+            dict(v.evaluation),
             v.stage in (models_pb2.STAGE_RETIRED, models_pb2.STAGE_REJECTED),
         )
         for v in record.versions

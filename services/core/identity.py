@@ -60,6 +60,11 @@ class Callers:
         self._seen = -1
         self._keys: list[Any] = []
 
+    @property
+    def known(self) -> bool:
+        """Whether callers can be known at all."""
+        return self._path is not None
+
     def of(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Caller:
         """Raises Unauthenticated."""
         sent = next((v for k, v in metadata or () if k == "authorization" and isinstance(v, str)), "")

@@ -18,7 +18,7 @@ from pathlib import Path
 from services.core.discovery import FAILED, LOADING, READY, Hosted, Version, VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
 from services.inference import golden
-from services.inference.artifact import Manifest
+from services.inference.artifact import Manifest, unlike
 from services.inference.repository import Repository
 from services.inference.requirements import Machine, Needs, unmet
 from services.inference.session import Session
@@ -30,6 +30,7 @@ from services.inference.vectors import VectorModel
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+LEAVE_S = 0.5  # until the gateways send nobody here for a version that is announced no more
 RETRY_S = 30.0  # what could not be read or written may be later
 EXPECTED = (ArtifactRefused, LoadFailed, golden.GoldenMismatch)
 
@@ -73,6 +74,7 @@ class Agent:
         self._machine = machine
         self._announce = announce
         self._states: dict[VersionKey, Hosted] = {}
+        self._leaving: dict[VersionKey, float] = {}  # since when; still loaded, announced no more
         self._loads: dict[VersionKey, asyncio.Task[None]] = {}
         self._retry_at: dict[VersionKey, float] = {}
         self._loading = asyncio.Lock()  # Triton's repository is changed by one load at a time
@@ -109,10 +111,17 @@ class Agent:
         await self._drop_lost(alive)
         keys = {version.key for version in wanted}
         for key in [k for k in self._states if k not in keys]:
-            await self._retire(key)
+            del self._states[key]
+            self._leaving[key] = time.monotonic()
+            self._tell()
+        for key, since in list(self._leaving.items()):
+            if key in keys:  # wanted again before it was gone
+                del self._leaving[key]
+            elif time.monotonic() >= since + LEAVE_S:
+                await self._retire(key)
         for version in wanted:
             if version.key not in self._states:
-                self._set(Hosted(version.key, LOADING))
+                self._set(Hosted(version.key, READY if version.key in self.served else LOADING))
         if not reachable:
             return
         await self._remove_leftovers(keys)
@@ -163,8 +172,8 @@ class Agent:
             )
             manifest = Manifest.read(folder)
             self._check(version, manifest.requirements)
-            if manifest.task != version.task:
-                raise ArtifactRefused(f'{version.uri} is for "{manifest.task}", not for "{version.task}"')
+            if (claim := unlike(version, manifest)) is not None:
+                raise ArtifactRefused(f"{version.uri} is not what its record says: {claim}")
             async with self._loading:
                 await asyncio.to_thread(self._repository.add, key, folder, manifest)
                 await self._triton.load(key.model)
@@ -210,7 +219,7 @@ class Agent:
         return TensorModel(key)
 
     async def _retire(self, key: VersionKey) -> None:
-        """Nobody wants the version any more: finish what runs, then unload it."""
+        """Nobody wants the version, nobody is sent here for it any more: finish what runs, then unload."""
         model = self.served.get(key)
         if isinstance(model, TextModel) and model.session.in_flight:
             return  # looked at again in POLL_S
@@ -221,8 +230,7 @@ class Agent:
         if model is not None:
             await model.close()
         await self._withdraw(key)
-        del self._states[key]
-        self._tell()
+        del self._leaving[key]
         log.info("%s: retired", key)
 
     async def _withdraw(self, key: VersionKey) -> None:

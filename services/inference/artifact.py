@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from services.core.discovery import Version
+
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
 MAX_MANIFEST = 64 << 20
@@ -202,6 +204,20 @@ class Manifest(_Value):
     @property
     def golden_examples(self) -> int:
         return len(self.golden_texts) + len(self.golden_vectors)
+
+
+def unlike(record: Version, manifest: Manifest) -> str | None:
+    """What a version's record claims and its artifact does not bear out; None if there is nothing. Releases
+    are decided by the record, and a signature covers the artifact only."""
+    for name in ("task", "runtime"):
+        if (claimed := getattr(record, name)) != (found := getattr(manifest, name)):
+            return f'its {name} is "{found}", not "{claimed}"'
+    if record.golden_examples > manifest.golden_examples:
+        return f"it has {manifest.golden_examples} golden examples, not {record.golden_examples}"
+    for name, value in record.evaluation.items():
+        if manifest.evaluation.get(name) != value:
+            return f"its evaluation does not have {name} = {value:g}"
+    return None
 
 
 def digest_file(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from services.core.discovery import READY, Model, Replica, Version
+from services.core.discovery import FAILED, READY, Model, Replica, Version
 
 
 def desired(models: Iterable[Model], me: Replica, others: Iterable[Replica]) -> list[Version]:
@@ -29,17 +29,19 @@ def _needed(model: Model) -> list[int]:
 
 
 def _is_here(model: Model, version: Version, me: Replica, alive: dict[str, Replica]) -> bool:
-    """Of the replicas that fit, those with the highest hash of (model, replica) hold the model: rendezvous
+    """Of the replicas that fit, those with the highest hash of (model, replica) hold a version: rendezvous
     hashing (Thaler and Ravishankar, 1998), so that a replica that comes or goes moves as little as possible.
-    One that is chosen no more keeps a ready version until enough of the others have it."""
+    One that refuses the version for good keeps saying so, and others take its place. One that is chosen no
+    more keeps a version that serves until all that are chosen have it ready."""
     fitting = [r for r in alive.values() if _fits(r, model)]
-    if not _fits(me, model) or not model.placement.replicas:
-        return _fits(me, model)
-    ranked = sorted(fitting, key=lambda r: _weight(model.name, r.id), reverse=True)
-    chosen = ranked[: model.placement.replicas]
-    if any(replica.id == me.id for replica in chosen):
+    able = [r for r in fitting if not _refuses(r, version)]
+    ranked = sorted(able, key=lambda r: _weight(model.name, r.id), reverse=True)
+    chosen = ranked[: model.placement.replicas or None]
+    if any(replica.id == me.id for replica in chosen) or (_fits(me, model) and _refuses(me, version)):
         return True
-    return _has_ready(me, version) and not all(_has_ready(replica, version) for replica in chosen)
+    serves = version.key.version in [model.shadow, *(number for number, _ in model.weights)]
+    taken_over = bool(chosen) and all(_has_ready(replica, version) for replica in chosen)
+    return serves and _has_ready(me, version) and not taken_over
 
 
 def _fits(replica: Replica, model: Model) -> bool:
@@ -48,6 +50,10 @@ def _fits(replica: Replica, model: Model) -> bool:
 
 def _has_ready(replica: Replica, version: Version) -> bool:
     return any(held.key == version.key and held.state == READY for held in replica.models)
+
+
+def _refuses(replica: Replica, version: Version) -> bool:
+    return any(h.key == version.key and h.state == FAILED and not h.will_retry for h in replica.models)
 
 
 def _weight(model: str, replica: str) -> bytes:

@@ -15,11 +15,27 @@ from services.registry.traffic import main_version
 SHOWN = ("versions", "stages", "traffic", "policy", "placement", "rollout")
 
 
+class _Fleet:
+    """The live replicas of inference: what they hold, by version, and their labels."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self.held: dict[tuple[str, int], list[tuple[str, instances_pb2.HostedModel]]] = {}
+        self.labels: dict[str, dict[str, str]] = {}
+        for record in mirror.under(INSTANCES):
+            instance = instances_pb2.Instance.FromString(record.value)
+            if instance.service == "inference":
+                self.labels[instance.id] = dict(instance.labels)
+            for held in instance.models:
+                self.held.setdefault((held.model, held.version), []).append((instance.id, held))
+
+
 class Catalog:
     """Reads; owns nothing."""
 
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
+        self._fleet_now = _Fleet(mirror)
+        self._fleet_of = -1
 
     def names(self) -> list[str]:
         keys = (record.key for record in self._mirror.under(MODELS))
@@ -54,15 +70,18 @@ class Catalog:
 
     def hosting(self, name: str, version: int) -> list[tuple[str, instances_pb2.HostedModel]]:
         """What each live replica says of a version, ordered by instance."""
-        found = []
-        for record in self._mirror.under(INSTANCES):
-            instance = instances_pb2.Instance.FromString(record.value)
-            found += [
-                (instance.id, held)
-                for held in instance.models
-                if held.version == version and held.model == name
-            ]
-        return found
+        return self._fleet().held.get((name, version), [])
+
+    def fitting(self, placement: models_pb2.Placement) -> list[str]:
+        """The live replicas that could hold versions placed like this."""
+        wanted = placement.labels.items()
+        return [name for name, labels in self._fleet().labels.items() if wanted <= labels.items()]
+
+    def _fleet(self) -> _Fleet:
+        """Made once for each state of the mirror: models are asked for one by one."""
+        if self._fleet_of != self._mirror.revision:
+            self._fleet_now, self._fleet_of = _Fleet(self._mirror), self._mirror.revision
+        return self._fleet_now
 
     def releases(self, name: str, limit: int) -> list[models_pb2.Release]:
         """Newest first."""

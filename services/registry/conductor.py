@@ -57,7 +57,7 @@ class Conductor:
             rollout.create_time.GetCurrentTime()
             rollout.step_time.CopyFrom(rollout.create_time)
             after = traffic.canary(model, stable, version, plan.steps[0].percent)
-            basis = self._releases.admissible(model, after, gate=True)
+            basis = self._releases.admissible(model, after)
             pace = await self._releases.pace(model)
             timed = await self._timed(rollout, rollouts.wait_s(rollout))
             state = traffic.forward(model, after)
@@ -67,13 +67,18 @@ class Conductor:
         return await self._releases.settled(name, asked, attempt)
 
     async def report(
-        self, name: str, rollout_id: str, report: rollouts_pb2.VerdictReport
+        self, name: str, rollout_id: str, report: rollouts_pb2.VerdictReport, caller: Caller
     ) -> rollouts_pb2.Rollout:
+        """Takes the report into account with those before it on the same step: what it says anew counts, and
+        a step that has failed stays failed."""
+        policies.check_releaser(self._catalog.model(name), caller, "judge the rollout of")
         rollout = self._running(name, rollout_id)
+        if reason := rollouts.refused(rollout):
+            raise NotReady(f'the step has failed already and "{name}" is being rolled back: {reason}')
         if report.step != rollout.step:
             raise NotReady(f'the rollout of "{name}" is at step {rollout.step} by now, not {report.step}')
         report.time.GetCurrentTime()
-        rollout.report.CopyFrom(report)
+        rollout.report.CopyFrom(rollouts.together(rollout, report))
         key = keyspace.model(name, "rollout")
         await self._commits.commit([Put(key, rollout.SerializeToString())], self._commits.unchanged(key))
         return self._catalog.model(name).rollout
@@ -95,6 +100,7 @@ class Conductor:
             timer=self._commits.present(keyspace.model(name, "timer")),
             ready=self._releases.holdings(name, rollout.version).ready,
             stable_ready=self._releases.holdings(name, rollout.from_version).ready,
+            needed=model.policy.min_ready_replicas,
         )
         match rollouts.decide(rollout, seen):
             case None:

@@ -62,7 +62,7 @@ class Models(ModelServiceServicer):
         lease = 0
         for _ in range(CREATE_TRIES):
             if request.request_id and (done := self._mirror.get(request_key)):
-                return pb.CreateModelVersionResponse(version=self._catalog.version(name, int(done.value)))
+                return pb.CreateModelVersionResponse(version=self._repeated(version, int(done.value)))
             self._check_task(version)
             version.version = 1 + self._catalog.newest(name)
             version.create_time.GetCurrentTime()
@@ -130,7 +130,9 @@ class Models(ModelServiceServicer):
                 return model
             policies.check_releaser(model, asked.caller, "roll back")
             state = traffic.back(model, self._releases.history(model.name))
-            basis = self._releases.admissible(model, state.traffic, gate=False, needed=1)
+            for number in traffic.shares(state.traffic):
+                self._releases.ready(model.name, number)
+            basis = self._releases.basis(model, state.traffic)
             settled = self._conductor.settled(model, asked.caller)
             return await self._releases.carry_out(model, state, asked, basis, settled)
 
@@ -146,7 +148,9 @@ class Models(ModelServiceServicer):
             if self._releases.repeated(model, asked) or after == model.traffic:
                 return model
             policies.check_releaser(model, asked.caller, "name versions of")
-            basis = self._releases.admissible(model, after, gate=False, needed=1)
+            if request.version:
+                self._releases.ready(model.name, request.version)
+            basis = self._releases.basis(model, after)
             return await self._releases.carry_out(model, traffic.aside(model, after), asked, basis)
 
         name = validation.model_name("model", request.model)
@@ -161,8 +165,11 @@ class Models(ModelServiceServicer):
 
     async def SetPolicy(self, request: pb.SetPolicyRequest, context: Context) -> pb.SetPolicyResponse:
         policy = validation.policy(request.policy)
+        if policy.releasers and not self._callers.known:
+            raise InvalidInput("policy.releasers", "this registry knows no callers: it has no LINGQU_JWKS")
         caller = self._callers.of(context.invocation_metadata())
         model = self._catalog.model(validation.model_name("model", request.model))
+        _check_satisfiable("policy.min_ready_replicas", policy, model.placement)
         if not caller.admin:
             policies.check_releaser(model, caller, "change the policy of")
         await self._replace(keyspace.model(model.name, "policy"), policy)
@@ -173,6 +180,9 @@ class Models(ModelServiceServicer):
     ) -> pb.SetPlacementResponse:
         placement = validation.placement(request.placement)
         model = self._catalog.model(validation.model_name("model", request.model))
+        caller = self._callers.of(context.invocation_metadata())
+        policies.check_releaser(model, caller, "place versions of")
+        _check_satisfiable("placement.replicas", model.policy, placement)
         for number in placement.keep:
             self._catalog.version(model.name, number)
         await self._replace(keyspace.model(model.name, "placement"), placement)
@@ -228,12 +238,12 @@ class Models(ModelServiceServicer):
         """A release as the policy governs it. Nothing to change is no release."""
 
         async def attempt(model: pb.Model) -> pb.Model:
-            if self._releases.repeated(model, asked):
+            after = change(model)
+            if self._releases.repeated(model, asked, after):
                 return model
             policies.check_releaser(model, asked.caller, "release")
             self._conductor.check_idle(model)
-            after = change(model)
-            basis = self._releases.admissible(model, after, gate=True)
+            basis = self._releases.admissible(model, after)
             if after == model.traffic and model.last_release:
                 return model
             settled = self._conductor.settled(model, asked.caller)
@@ -268,6 +278,13 @@ class Models(ModelServiceServicer):
             await self._commits.commit([Put(key, record.SerializeToString())], only_if)
         return self._catalog.version(name, request.version)
 
+    def _repeated(self, version: pb.ModelVersion, number: int) -> pb.ModelVersion:
+        """The version that was created by the same request."""
+        created = self._catalog.version(version.model, number)
+        if created.artifact != version.artifact:
+            raise InvalidInput("request_id", f"was used already, for version {number}")
+        return created
+
     def _check_task(self, version: pb.ModelVersion) -> None:
         """Versions of one model are exchangeable, so all do the same task."""
         for record in self._mirror.under(keyspace.model(version.model, "versions/")):
@@ -281,3 +298,12 @@ class Models(ModelServiceServicer):
                 self._trusted.verify(version.model, artifact.sha256, artifact.signature, artifact.signer)
             except SignatureRefused as err:
                 raise InvalidInput("version.artifact.signature", str(err)) from err
+
+
+def _check_satisfiable(field: str, policy: pb.Policy, placement: pb.Placement) -> None:
+    if 0 < placement.replicas < policy.min_ready_replicas:
+        raise InvalidInput(
+            field,
+            f"{policy.min_ready_replicas} replicas have to be ready and {placement.replicas} hold a version: "
+            "nothing could be released",
+        )

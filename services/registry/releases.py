@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lingqu.registry.v1 import models_pb2 as pb
-from services.core.errors import Conflict, TooSoon
+from services.core.errors import Conflict, InvalidInput, TooSoon
 from services.core.identity import ANONYMOUS, Caller
 from services.registry import keyspace, policies, stages, traffic
 from services.registry.catalog import Catalog
@@ -66,32 +66,38 @@ class Releases:
             except Conflict:
                 await self._commits.caught_up()
                 changed = self._catalog.model(name).traffic_revision != model.traffic_revision
-                if last or (changed and not self._done(name, asked)):
+                if last or (changed and self._done(name, asked) is None):
                     raise
         raise AssertionError
 
-    def repeated(self, model: pb.Model, asked: Asked) -> bool:
-        """Whether this request was carried out already. Raises Conflict if its condition does not hold."""
-        if self._done(model.name, asked):
+    def repeated(self, model: pb.Model, asked: Asked, after: pb.Traffic | None = None) -> bool:
+        """Whether this request was carried out already. Raises Conflict if its condition does not hold, and
+        InvalidInput if its id was that of another one: with other weights than `after`, if that is given."""
+        if (done := self._done(model.name, asked)) is not None:
+            if done.kind != asked.kind or (after is not None and done.after.weights != after.weights):
+                raise InvalidInput("request_id", f"was used already, for release {done.number}")
             return True
         if asked.expected and asked.expected != model.traffic_revision:
             raise Conflict(f'the traffic of "{model.name}" was changed since you looked; look again')
         return False
 
-    def admissible(self, model: pb.Model, after: pb.Traffic, *, gate: bool, needed: int = 0) -> Extra:
-        """Every version that `after` names exists, is not off line and is ready on enough replicas; with
-        `gate`, those that get more traffic than before also pass the model's evaluation thresholds. Returns
-        the condition that this stays so, for `carry_out`."""
+    def admissible(self, model: pb.Model, after: pb.Traffic) -> Extra:
+        """Every version that `after` gives requests, or copies of them, exists, is not off line and is ready
+        on as many replicas as the policy asks; those that get more than before also pass its thresholds.
+        Returns the condition that this stays so, for `carry_out`."""
         before, share = traffic.shares(model.traffic), traffic.shares(after)
-        wanted = traffic.serving(after)
-        for number in sorted(wanted | set(after.aliases.values()) - set(model.traffic.aliases.values())):
-            version = self._catalog.version(model.name, number)
-            policies.check_version(version)
-            least = needed or model.policy.min_ready_replicas if number in wanted else 1
-            policies.check_ready(version, self.holdings(model.name, number), least)
-            if gate and share.get(number, 0) > before.get(number, 0):
+        for number in sorted(traffic.serving(after)):
+            version = self.ready(model.name, number, model.policy.min_ready_replicas)
+            if share.get(number, 0) > before.get(number, 0):
                 policies.check_evaluation(version, model.policy)
         return self.basis(model, after)
+
+    def ready(self, name: str, number: int, needed: int = 1) -> pb.ModelVersion:
+        """The version, if it is not off line and so many live replicas have it ready."""
+        version = self._catalog.version(name, number)
+        policies.check_version(version)
+        policies.check_ready(version, self.holdings(name, number), needed)
+        return version
 
     def basis(self, model: pb.Model, after: pb.Traffic) -> Extra:
         """The condition that the policy and the stages by which `after` was judged stay as they are. To be
@@ -152,10 +158,10 @@ class Releases:
     def holdings(self, name: str, version: int) -> Holdings:
         return Holdings.of(self._catalog.hosting(name, version))
 
-    def _done(self, name: str, asked: Asked) -> bool:
-        """Whether a release has the request's id."""
+    def _done(self, name: str, asked: Asked) -> pb.Release | None:
+        """The release that has the request's id."""
         latest = self._catalog.releases(name, RETRIES_REMEMBERED) if asked.request_id else ()
-        return any(release.request_id == asked.request_id for release in latest)
+        return next((release for release in latest if release.request_id == asked.request_id), None)
 
     def _entry(self, model: pb.Model, state: pb.Model, asked: Asked) -> pb.Release:
         entry = pb.Release(

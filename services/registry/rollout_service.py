@@ -51,6 +51,7 @@ class Rollouts(RolloutServiceServicer):
         self, request: pb.ReportVerdictRequest, context: Context
     ) -> pb.ReportVerdictResponse:
         name = validation.model_name("model", request.model)
+        caller = self._callers.of(context.invocation_metadata())
         if not request.rollout:
             raise InvalidInput("rollout", "is required; GetRollout tells it")
         report = rollouts_pb2.VerdictReport(
@@ -58,10 +59,10 @@ class Rollouts(RolloutServiceServicer):
             verdict=request.verdict,
             figures=validation.figures("figures", request.figures),
             samples=request.samples,
-            reporter=self._callers.of(context.invocation_metadata()).client,
-            detail=validation.reason(request.detail),
+            reporter=caller.client,
+            detail=validation.reason(request.detail, "detail"),
         )
-        rollout = await self._conductor.report(name, request.rollout, report)
+        rollout = await self._conductor.report(name, request.rollout, report, caller)
         return pb.ReportVerdictResponse(rollout=rollout)
 
     async def AbortRollout(

@@ -25,11 +25,13 @@ class Move(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """`timer`: the step's wait, or then its time for a verdict, is not over. How many replicas are ready."""
+    """`timer`: the step's wait, or then its time for a verdict, is not over. How many replicas are ready, and
+    how many have to be for the version to take more traffic."""
 
     timer: bool
     ready: int
     stable_ready: int
+    needed: int = 1
 
 
 def running(rollout: pb.Rollout) -> bool:
@@ -45,6 +47,8 @@ def decide(rollout: pb.Rollout, seen: Seen) -> tuple[Move, str] | None:
     if seen.timer and not rollout.waited:
         return None
     lacking = missing(rollout)
+    if seen.ready < max(1, seen.needed):
+        lacking = lacking or f"the version to be ready on {max(1, seen.needed)} replicas ({seen.ready} are)"
     if not lacking:
         last = rollout.step + 1 >= len(rollout.plan.steps)
         why = f"step {rollout.step + 1} of {len(rollout.plan.steps)} held"
@@ -52,7 +56,7 @@ def decide(rollout: pb.Rollout, seen: Seen) -> tuple[Move, str] | None:
     if not rollout.waited:
         return Move.AWAIT_VERDICT, f"waiting for {lacking}"
     if not seen.timer:
-        return Move.BACK, f"no verdict in time: {lacking} did not come"
+        return Move.BACK, f"waited in vain for {lacking}"
     return None
 
 
@@ -74,6 +78,19 @@ def refused(rollout: pb.Rollout) -> str:
         if guard.HasField("max") and value > guard.max:
             return f"{guard.metric} is {value:g}, at most {guard.max:g} is asked for"
     return ""
+
+
+def together(rollout: pb.Rollout, report: pb.VerdictReport) -> pb.VerdictReport:
+    """A report completed by what earlier ones said of the same step: figures it does not have, an opinion."""
+    earlier = rollout.report if rollout.HasField("report") else pb.VerdictReport()
+    if earlier.step != report.step:
+        return report
+    joined = pb.VerdictReport()
+    joined.CopyFrom(report)
+    joined.figures.update({**earlier.figures, **report.figures})
+    joined.samples = report.samples if report.figures else earlier.samples
+    joined.verdict = report.verdict or earlier.verdict
+    return joined
 
 
 def missing(rollout: pb.Rollout) -> str:

@@ -30,15 +30,21 @@ ALLOWED: dict[Stage, frozenset[Stage]] = {
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What the live replicas say of a version. `refusals`: "instance: reason" of those that gave up."""
+    """What the live replicas say of a version. `refusals`: "instance: reason" of those that gave up.
+    `silent`: how many could hold it by its model's placement and have not said anything yet."""
 
     loading: int
     ready: int
     refusals: tuple[str, ...]
+    silent: int = 0
 
     @classmethod
-    def of(cls, hosted: Iterable[tuple[str, instances_pb2.HostedModel]]) -> Holdings:
-        """From (instance, what it says) pairs. A replica that tries again by itself counts as loading."""
+    def of(
+        cls, hosted: Iterable[tuple[str, instances_pb2.HostedModel]], fitting: Iterable[str] = ()
+    ) -> Holdings:
+        """From (instance, what it says) pairs, and the instances that could hold it. A replica that tries
+        again by itself counts as loading."""
+        hosted = list(hosted)
         loading = ready = 0
         refusals = []
         for instance, held in hosted:
@@ -48,7 +54,8 @@ class Holdings:
                 refusals.append(f"{instance}: {held.detail}")
             else:
                 loading += 1
-        return cls(loading, ready, tuple(refusals))
+        silent = len(set(fitting) - {instance for instance, _ in hosted})
+        return cls(loading, ready, tuple(refusals), silent)
 
 
 def following(stage: Stage, holdings: Holdings, needed: int) -> tuple[Stage, str] | None:
@@ -58,7 +65,8 @@ def following(stage: Stage, holdings: Holdings, needed: int) -> tuple[Stage, str
         return VALIDATING, "replicas are loading it"
     if stage == VALIDATING and holdings.ready >= max(1, needed):
         return READY, f"proven on {holdings.ready} replica{'s' if holdings.ready > 1 else ''}"
-    if stage == VALIDATING and holdings.refusals and not (holdings.loading or holdings.ready):
+    undecided = holdings.loading or holdings.ready or holdings.silent
+    if stage == VALIDATING and holdings.refusals and not undecided:
         return REJECTED, "; ".join(holdings.refusals)[:1024]
     return None
 

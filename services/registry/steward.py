@@ -94,7 +94,8 @@ class Steward:
         """Move a version on by one stage; False if there is none. Its stage is read in the same moment as
         the condition that it stays: a release may have changed it while the version before was written."""
         version = self._catalog.version(model.name, number)
-        holdings = Holdings.of(self._catalog.hosting(model.name, number))
+        fitting = self._catalog.fitting(model.placement)
+        holdings = Holdings.of(self._catalog.hosting(model.name, number), fitting)
         step = stages.following(version.stage, holdings, model.policy.min_ready_replicas)
         if step is None:
             return False

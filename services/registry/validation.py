@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from google.protobuf.duration_pb2 import Duration
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from lingqu.registry.v1 import access_pb2, instances_pb2, models_pb2, rollouts_pb2
 from services.core.errors import InvalidInput
@@ -18,9 +19,13 @@ MAX_LABELS = 32
 MAX_MODELS = 1024
 MAX_URI = 2048
 MAX_DETAIL = 1024
-MAX_FIGURES = 32
+MAX_FIGURES = 64
 MAX_PATTERNS = 100
 MAX_STEPS = 20
+MAX_WEIGHTS = 30
+MAX_TENSORS, MAX_DIMENSIONS = 256, 32
+# etcd takes 1.5 MiB a transaction, and every watcher is sent every version.
+MAX_VERSION_BYTES = 64 << 10
 MAX_WAIT_S = 7 * 86_400
 TTL_DEFAULT_S = 10
 TTL_RANGE_S = (1, 600)
@@ -96,7 +101,15 @@ def version(value: models_pb2.ModelVersion) -> models_pb2.ModelVersion:
     _labels("version.labels", value.labels)
     if len(value.artifact.signature) not in (0, 64):
         raise InvalidInput("version.artifact.signature", "64 bytes of Ed25519, or nothing, are needed")
-    _text("version.requirements.engine", value.requirements.engine, 256)
+    _text("version.artifact.signer", value.artifact.signer, 64)
+    if value.artifact.size_bytes < 0:
+        raise InvalidInput("version.artifact.size_bytes", "is negative")
+    try:
+        SpecifierSet(_text("version.requirements.engine", value.requirements.engine, 256))
+    except InvalidSpecifier as err:
+        raise InvalidInput(
+            "version.requirements.engine", "a specifier like >=2026.4,<2027 is needed"
+        ) from err
     _text("version.requirements.fingerprint", value.requirements.fingerprint, 256)
     for kind, tensors in (("inputs", value.signature.inputs), ("outputs", value.signature.outputs)):
         _tensors(f"version.signature.{kind}", tensors)
@@ -105,19 +118,23 @@ def version(value: models_pb2.ModelVersion) -> models_pb2.ModelVersion:
         _text(f"version.lineage.{name}", getattr(value.lineage, name), 256)
     if value.lineage.data_sha256 and not _SHA256.fullmatch(value.lineage.data_sha256):
         raise InvalidInput("version.lineage.data_sha256", "64 lower-case hexadecimal digits are needed")
+    if value.ByteSize() > MAX_VERSION_BYTES:
+        raise InvalidInput("version", f"at most {MAX_VERSION_BYTES} bytes in all")
     return value
 
 
 def _tensors(field: str, tensors: Iterable[models_pb2.TensorSignature]) -> None:
     for index, tensor in enumerate(tensors):
-        if index >= MAX_LABELS:
-            raise InvalidInput(field, f"at most {MAX_LABELS} tensors")
+        if index >= MAX_TENSORS:
+            raise InvalidInput(field, f"at most {MAX_TENSORS} tensors")
         if not 0 < len(tensor.name) <= 128:
             raise InvalidInput(f"{field}[{index}].name", "1 to 128 characters are needed")
         if not _DATATYPE.fullmatch(tensor.datatype):
             raise InvalidInput(f"{field}[{index}].datatype", "one like FP32, INT64 or BYTES is needed")
-        if len(tensor.shape) > 16 or any(size < -1 for size in tensor.shape):
-            raise InvalidInput(f"{field}[{index}].shape", "at most 16 dimensions, -1 where variable")
+        if len(tensor.shape) > MAX_DIMENSIONS or any(size < -1 for size in tensor.shape):
+            raise InvalidInput(
+                f"{field}[{index}].shape", f"at most {MAX_DIMENSIONS} dimensions, -1 where variable"
+            )
 
 
 def figures(field: str, values: Mapping[str, float]) -> dict[str, float]:
@@ -138,11 +155,11 @@ def weights(request: models_pb2.SetTrafficRequest) -> dict[int, int]:
         return {}
     if request.version and request.weights:
         raise InvalidInput("weights", "give either version or weights")
-    if request.version:
-        return {request.version: 100}
-    if not request.weights:
+    if not request.weights and not request.version:
         raise InvalidInput("weights", "are required: shares that add up to 100 (or version, or offline)")
-    found: dict[int, int] = {}
+    if len(request.weights) > MAX_WEIGHTS:
+        raise InvalidInput("weights", f"at most {MAX_WEIGHTS}")
+    found: dict[int, int] = {request.version: 100} if request.version else {}
     for index, weight in enumerate(request.weights):
         if weight.version in found:
             raise InvalidInput(f"weights[{index}].version", f"version {weight.version} is there twice")
@@ -240,8 +257,8 @@ def alias(value: str) -> str:
     return value
 
 
-def reason(value: str) -> str:
-    return _text("reason", value, MAX_DETAIL)
+def reason(value: str, field: str = "reason") -> str:
+    return _text(field, value, MAX_DETAIL)
 
 
 def patterns(field: str, values: Iterable[str]) -> None:

@@ -264,19 +264,24 @@ async def test_a_rollout_moves_real_traffic(
     assert "error_rate is 0.5" in await lingqu_cli(suite, "rollouts", "show", "rolled")
 
 
-async def test_a_placement_takes_a_model_off_replicas_that_do_not_fit(suite: Suite, tmp_path: Path) -> None:
+async def test_a_placement_that_fits_no_replica_takes_off_what_does_not_serve(
+    suite: Suite, client: triton.InferenceServerClient, headers: dict[str, str], tmp_path: Path
+) -> None:
     await suite.publish("placed", made(tmp_path, 1).folder)
+    await suite.publish("placed", made(tmp_path, 2).folder, traffic=False)
     await lingqu_cli(suite, "models", "placement", "placed", "--label", "zone=moon")
 
-    async def hosted() -> bool:
-        return "placed:1" in await lingqu_cli(suite, "instances")
+    async def hosted(version: int) -> bool:
+        return f"placed:{version}" in await lingqu_cli(suite, "instances")
 
     async def gone() -> bool:
-        return not await hosted()
+        return not await hosted(2)
 
-    await until(gone, "no replica fits", every_s=0.5)
+    await until(gone, "the candidate is taken off", every_s=0.5)
+    assert await hosted(1), "nobody could take it over"
+    assert version_of(client.infer("placed", pair(), headers=headers)) == 1
     await lingqu_cli(suite, "models", "placement", "placed", "--label", "")
-    await until(hosted, "it is loaded again", every_s=0.5)
+    await until(lambda: hosted(2), "it is loaded again", every_s=0.5)
 
 
 async def test_a_backup_of_a_suite_is_a_whole_file(suite: Suite, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from lingqu.registry.v1.models_pb2 import (
 )
 from services.gateway.keys import KeyRing
 from tests.conftest import EtcdServer
-from tests.registries import FAILED, LOADING, Api, refused, served, weights
+from tests.registries import FAILED, LOADING, Api, refused, served, version, weights
 from tests.waiting import until
 
 PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
@@ -339,3 +339,95 @@ async def test_records_from_before_there_were_weights_are_understood(
     assert (model.traffic_version, model.previous_version, weights(model)) == (2, 1, {2: 100})
     assert weights(await api.promote(1)) == {1: 100}
     await etcd.close()
+
+
+async def test_a_dead_shadow_is_in_nobodys_way(api: Api) -> None:
+    """Neither of a rollback nor of taking a name away."""
+    await two_ready(api)
+    await api.create()
+    await api.host(1, 2, 3)
+    await api.split({1: 100}, shadow_version=3)
+    await api.promote(2)
+    await api.host(1, 2)
+    back = await api.rollback()
+    assert (weights(back), back.traffic.shadow_version) == ({1: 100}, 3)
+    await api.host(2)
+    request = models_pb2.SetAliasRequest(model="m", alias="stable", version=0)
+    assert "stable" not in (await api.models.SetAlias(request, timeout=5)).model.traffic.aliases
+
+
+async def test_an_id_of_another_request_is_refused(api: Api) -> None:
+    await two_ready(api)
+    await api.promote(2, request_id="x")
+    await api.promote(2, request_id="x")
+    for call in (
+        api.promote(1, request_id="x"),
+        api.rollback(request_id="x"),
+        api.split({1: 100}, request_id="x"),
+    ):
+        error = await refused(call)
+        assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "request_id")
+    for sha256, ok in (("1" * 64, True), ("1" * 64, True), ("2" * 64, False)):
+        artifact = models_pb2.Artifact(uri="file:///x", sha256=sha256)
+        request = models_pb2.CreateModelVersionRequest(version=version(artifact=artifact), request_id="y")
+        if ok:
+            assert (await api.models.CreateModelVersion(request, timeout=5)).version.version == 3
+        else:
+            assert (await refused(api.models.CreateModelVersion(request, timeout=5))).field == "request_id"
+
+
+async def test_what_could_never_be_satisfied_is_refused(api: Api) -> None:
+    await two_ready(api)
+    error = await refused(set_policy(api, Policy(releasers=["ci"])))
+    assert error.field == "policy.releasers", "this registry knows no callers: nobody could release any more"
+    await set_policy(api, Policy(min_ready_replicas=3))
+    request = models_pb2.SetPlacementRequest(model="m", placement=models_pb2.Placement(replicas=2))
+    assert (await refused(api.models.SetPlacement(request, timeout=5))).field == "placement.replicas"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        (
+            {"artifact": models_pb2.Artifact(uri="file:///x", sha256="0" * 64, signer="x" * 65)},
+            "version.artifact.signer",
+        ),
+        (
+            {"artifact": models_pb2.Artifact(uri="file:///x", sha256="0" * 64, size_bytes=-5)},
+            "version.artifact.size_bytes",
+        ),
+        ({"requirements": models_pb2.Requirements(engine="about 3")}, "version.requirements.engine"),
+        (
+            {
+                "signature": models_pb2.Signature(
+                    inputs=[models_pb2.TensorSignature(name="x" * 128, datatype="FP32", shape=[1] * 32)]
+                    * 256,
+                    outputs=[models_pb2.TensorSignature(name="x" * 128, datatype="FP32", shape=[1] * 32)]
+                    * 256,
+                )
+            },
+            "version",
+        ),
+        ({"lineage": models_pb2.Lineage(data_sha256="zz")}, "version.lineage.data_sha256"),
+    ],
+)
+async def test_a_record_that_would_weigh_on_every_watcher_is_refused(
+    api: Api, fields: dict[str, Any], field: str
+) -> None:
+    assert (await refused(api.create(**fields))).field == field
+
+
+async def test_more_weights_than_a_transaction_takes_are_refused(api: Api) -> None:
+    error = await refused(api.split(dict.fromkeys(range(1, 101), 1)))
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "weights")
+    request = models_pb2.SetTrafficRequest(model="m", version=1, shadow_version=1)
+    assert (await refused(api.models.SetTraffic(request, timeout=5))).field == "shadow_version"
+
+
+async def test_a_version_is_not_rejected_while_a_replica_has_not_tried(api: Api) -> None:
+    await api.host(instance="i2")
+    await api.create()
+    await api.host(1, state=FAILED, detail="no such device")
+    await api.until_stage(1, models_pb2.STAGE_VALIDATING)
+    await api.host(1, instance="i2")
+    await api.until_stage(1, STAGE_READY)

@@ -22,7 +22,7 @@ from lingqu.registry.v1.rollouts_pb2 import (
 )
 from services.registry.leader import TTL_S
 from tests.conftest import EtcdServer
-from tests.registries import Api, RegistryProcess, refused, served, weights
+from tests.registries import LOADING, Api, RegistryProcess, refused, served, weights
 from tests.waiting import pause, until
 
 
@@ -144,10 +144,35 @@ async def test_verdicts_advance_and_a_bad_one_goes_back_at_once(api: Api) -> Non
     ).code == grpc.StatusCode.FAILED_PRECONDITION
 
 
+async def test_a_failed_step_stays_failed(api: Api) -> None:
+    """A verdict of PASS that follows at once does not save it."""
+    await ready(api)
+    rollout = await start(api, plan(10, 50, wait_s=60, require_pass=True))
+    await report(api, rollout, verdict=VERDICT_FAIL, detail="labels differ")
+    error = await refused(report(api, rollout, verdict=VERDICT_PASS))
+    assert error.code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "labels differ" in (await until_state(api, ROLLOUT_STATE_ROLLED_BACK)).detail
+
+
+async def test_nothing_goes_forward_while_no_replica_is_ready(api: Api) -> None:
+    """Both versions reload, as when the only Triton restarts; the rollout waits for them."""
+    await ready(api)
+    await start(api, plan(10, wait_s=2))
+    await api.host(1, 2, state=LOADING)
+
+    async def waits() -> bool:
+        return (await api.rollout()).waited
+
+    await until(waits, "the wait is over")
+    assert weights(await api.model()) == {1: 90, 2: 10}
+    await api.host(1, 2)
+    await until_state(api, ROLLOUT_STATE_SUCCEEDED)
+
+
 async def test_without_a_verdict_in_time_it_goes_back(api: Api) -> None:
     await ready(api)
     await start(api, plan(10, require_pass=True, verdict_timeout=Duration(seconds=2)))
-    assert "no verdict in time" in (await until_state(api, ROLLOUT_STATE_ROLLED_BACK)).detail
+    assert "in vain for a verdict" in (await until_state(api, ROLLOUT_STATE_ROLLED_BACK)).detail
     assert weights(await api.model()) == {1: 100}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,8 +15,17 @@ from bench.suite import ECHO
 from lingqu.artifacts import Artifact, PublishFailed
 from pipeline.package import About, Package
 from pipeline.tensor import package_tensor
+from services.core.discovery import Version, VersionKey
 from services.core.signing import Signer, TrustedKeys
-from services.inference.artifact import MANIFEST, InvalidManifest, Lineage, Manifest
+from services.inference.artifact import (
+    MANIFEST,
+    FileDigest,
+    InvalidManifest,
+    Lineage,
+    Manifest,
+    TensorSpec,
+    unlike,
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +121,31 @@ def test_a_manifest_keeps_within_bounds(package: Package, part: str, value: obje
     body = {**json.loads((package.folder / MANIFEST).read_bytes()), part: value}
     with pytest.raises(InvalidManifest):
         Manifest.parse(json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    ("claims", "found"),
+    [
+        ({}, None),
+        ({"golden_examples": 1}, "golden examples"),
+        ({"evaluation": {"f1": 0.9}}, None),
+        ({"evaluation": {"f1": 0.99}}, "f1"),
+        ({"evaluation": {"accuracy": 1.0}}, "accuracy"),
+        ({"runtime": "onnxruntime"}, "runtime"),
+        ({"task": "embed"}, "task"),
+    ],
+)
+def test_a_record_may_not_claim_what_the_artifact_does_not_bear_out(
+    claims: dict[str, Any], found: str | None
+) -> None:
+    manifest = Manifest(
+        task="tensor",
+        runtime="python",
+        files=dict.fromkeys(("config.pbtxt", "model.py"), FileDigest(sha256="0" * 64, size=1)),
+        tensor=TensorSpec(config="config.pbtxt", model="model.py"),
+        evaluation={"f1": 0.9},
+    )
+    record = Version(VersionKey("m", 1), "file:///x", "0", "tensor", "python")
+    claim = unlike(replace(record, **claims), manifest)
+    assert (claim is None) == (found is None)
+    assert found is None or found in (claim or "")

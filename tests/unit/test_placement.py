@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.core.discovery import READY, Hosted, Model, Placement, Replica, Version, VersionKey
+from services.core.discovery import FAILED, READY, Hosted, Model, Placement, Replica, Version, VersionKey
 from services.inference.placement import desired
 
 
@@ -77,3 +77,35 @@ def test_a_replica_that_is_chosen_no_more_keeps_a_version_until_the_others_have_
     fleet = [replace(r, models=ready) for r in (one, two)]
     assert holders(placed, fleet) == {first}
     assert other.id not in holders(placed, fleet)
+
+
+def test_labels_that_fit_nobody_take_no_serving_version_off() -> None:
+    """A misspelt label must not darken a model; a candidate goes at once."""
+    ready = (Hosted(VersionKey("m", 1), READY), Hosted(VersionKey("m", 4), READY))
+    fleet = [replace(r, models=ready) for r in replicas(4)]
+    moon = model(placement=Placement({"zone": "moon"}))
+    assert holders(moon, fleet) == {r.id for r in fleet}
+    assert holders(moon, fleet, version=4) == set()
+
+
+def test_serving_versions_move_to_other_labels_without_a_gap() -> None:
+    ready = (Hosted(VersionKey("m", 1), READY),)
+    fleet = [replace(r, models=ready if r.labels["zone"] == "a" else ()) for r in replicas(4)]
+    moved = model(placement=Placement({"zone": "b"}))
+    assert holders(moved, fleet) == {"r0", "r1", "r2", "r3"}, "the old ones hold on, the new ones load"
+    fleet = [replace(r, models=ready) for r in fleet]
+    assert holders(moved, fleet) == {"r1", "r3"}
+
+
+def test_where_a_replica_refuses_for_good_another_takes_its_place() -> None:
+    placed = model(placement=Placement(replicas=1))
+    fleet = replicas(3)
+    (first,) = holders(placed, fleet)
+    refused = (Hosted(VersionKey("m", 1), FAILED, "no such device"),)
+    fleet = [replace(r, models=refused) if r.id == first else r for r in fleet]
+    after = holders(placed, fleet)
+    assert first in after, "it goes on saying why"
+    assert len(after) == 2
+    retrying = (Hosted(VersionKey("m", 1), FAILED, "bucket away", will_retry=True),)
+    fleet = [replace(r, models=retrying) if r.id == first else r for r in fleet]
+    assert holders(placed, fleet) == {first}

@@ -91,6 +91,29 @@ def test_a_version_that_died_alone_goes_back() -> None:
     assert move(rollout(), Seen(timer=True, ready=0, stable_ready=0)) is None
 
 
+def test_nothing_goes_forward_to_a_version_that_is_ready_on_too_few() -> None:
+    dark = Seen(timer=False, ready=0, stable_ready=0)
+    assert move(rollout(step=1), dark) == Move.AWAIT_VERDICT
+    assert move(rollout(step=1, waited=True), dark) == Move.BACK, "it did not come back in time"
+    thin = Seen(timer=False, ready=1, stable_ready=2, needed=2)
+    assert move(rollout(step=1), thin) == Move.AWAIT_VERDICT
+    assert move(rollout(step=1, waited=True), Seen(True, 2, 2, 2)) == Move.FINISH
+
+
+def test_reports_on_one_step_add_up() -> None:
+    judged = guarded(figures={"error_rate": 0.01}, samples=200)
+    opinion = pb.VerdictReport(verdict=pb.VERDICT_PASS, detail="looked at it")
+    joined = rollouts.together(judged, opinion)
+    assert (dict(joined.figures), joined.samples, joined.verdict) == (
+        {"error_rate": 0.01},
+        200,
+        pb.VERDICT_PASS,
+    )
+    again = rollouts.together(judged, pb.VerdictReport(figures={"error_rate": 0.5}, samples=300))
+    assert (again.figures["error_rate"], again.samples) == (0.5, 300)
+    assert rollouts.together(judged, pb.VerdictReport(step=1)).samples == 0
+
+
 @given(
     st.integers(1, 5),
     st.integers(0, 4),

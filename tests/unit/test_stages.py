@@ -42,7 +42,8 @@ def test_one_replica_that_tries_again_keeps_a_version_from_being_rejected() -> N
     final = ("a", instances_pb2.HostedModel(state=failed, detail="golden example differs"))
     again = ("b", instances_pb2.HostedModel(state=failed, detail="bucket away", will_retry=True))
     assert following(stages.VALIDATING, Holdings.of([final, again]), 1) is None
-    assert following(stages.VALIDATING, Holdings.of([final]), 1) == (
+    assert following(stages.VALIDATING, Holdings.of([final], ["a", "b"]), 1) is None, "b has not tried"
+    assert following(stages.VALIDATING, Holdings.of([final], ["a"]), 1) == (
         stages.REJECTED,
         "a: golden example differs",
     )
