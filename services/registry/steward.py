@@ -82,6 +82,10 @@ class Steward:
         except LingquError as err:
             self._due.add(name)
             log.warning("%s: %s", name, err)
+        except (
+            Exception
+        ):  # a record that cannot be read must not end the registry; its next change is looked at
+            log.exception("%s: cannot be looked at", name)
 
     async def _stages(self, model: models_pb2.Model, fence: Unchanged) -> None:
         for version in model.versions:
