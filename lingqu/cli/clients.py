@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from lingqu.cli.connection import REGISTRY_PORT, Suite, out, run
 from lingqu.cli.output import Format, Output, as_json, table
@@ -27,7 +28,7 @@ Limit = Annotated[int | None, typer.Option(help="0: no limit.", min=0)]
 @app.command("list")
 def list_(context: typer.Context, output: Output = Format.table) -> None:
     """All clients."""
-    clients = _call(context.obj, lambda stub: stub.ListClients, access_pb2.ListClientsRequest()).clients
+    clients = call(context.obj, lambda stub: stub.ListClients, access_pb2.ListClientsRequest()).clients
     if output == Format.json:
         as_json(clients)
         return
@@ -39,14 +40,19 @@ def list_(context: typer.Context, output: Output = Format.table) -> None:
 
 
 @app.command()
-def show(context: typer.Context, name: Client, output: Output = Format.json) -> None:
+def show(context: typer.Context, name: Client, output: Output = Format.table) -> None:
     """One client with everything."""
-    client = _call(context.obj, lambda stub: stub.GetClient, access_pb2.GetClientRequest(name=name)).client
+    client = call(context.obj, lambda stub: stub.GetClient, access_pb2.GetClientRequest(name=name)).client
     if output == Format.json:
         as_json(client)
-    else:
-        out.print(f"[bold]{client.name}[/bold]  {', '.join(client.models) or 'no models'}")
-        out.print(f"  limits  {_limits(client.limits) or 'none'}")
+        return
+    state = "  [red]disabled: none of its keys works[/red]" if client.disabled else ""
+    out.print(f"[bold]{escape(client.name)}[/bold]{state}")
+    rows = [("models", ", ".join(client.models) or "none"), ("limits", _limits(client.limits) or "none")]
+    rows += [(f"limits of {m.models}", _limits(m.limits) or "none") for m in client.model_limits]
+    rows += [(f"label {key}", value) for key, value in sorted(client.labels.items())]
+    for title, text in rows:
+        out.print(f"  {escape(title)}: {escape(text)}")
 
 
 @app.command("set")
@@ -62,7 +68,10 @@ def set_(
     concurrent_requests: Limit = None,
     tokens_per_minute: Limit = None,
     tokens_per_day: Limit = None,
-    disabled: Annotated[bool | None, typer.Option(help="None of its keys works.")] = None,
+    disabled: Annotated[
+        bool | None, typer.Option(help="The registry refuses all its keys; gateways will later.")
+    ] = None,
+    output: Output = Format.table,
 ) -> None:
     """Create a client, or change one; what is not named stays."""
     given = {
@@ -72,7 +81,7 @@ def set_(
         "tokens_per_minute": tokens_per_minute,
         "tokens_per_day": tokens_per_day,
     }
-    known = _call(context.obj, lambda stub: stub.ListClients, access_pb2.ListClientsRequest()).clients
+    known = call(context.obj, lambda stub: stub.ListClients, access_pb2.ListClientsRequest()).clients
     client = next((c for c in known if c.name == name), access_pb2.Client(name=name))
     if model is not None:
         client.models[:] = [text for text in model if text]
@@ -82,18 +91,28 @@ def set_(
     if disabled is not None:
         client.disabled = disabled
     request = access_pb2.SetClientRequest(client=client, expected_revision=client.revision)
-    client = _call(context.obj, lambda stub: stub.SetClient, request).client
-    out.print(f"{name}: {', '.join(client.models) or 'no models'}; {_limits(client.limits) or 'no limits'}")
+    client = call(context.obj, lambda stub: stub.SetClient, request).client
+    if output == Format.json:
+        as_json(client)
+        return
+    models, limits = ", ".join(client.models) or "no models", _limits(client.limits) or "no limits"
+    out.print(f"{escape(name)}: {escape(models)}; {limits}{'; disabled' if client.disabled else ''}")
 
 
 @app.command()
-def delete(context: typer.Context, name: Client) -> None:
+def delete(context: typer.Context, name: Client, output: Output = Format.table) -> None:
     """Forget a client."""
-    _call(context.obj, lambda stub: stub.DeleteClient, access_pb2.DeleteClientRequest(name=name))
-    out.print(f"{name}: deleted")
+    request = access_pb2.DeleteClientRequest(name=name)
+    answer = call(context.obj, lambda stub: stub.DeleteClient, request)
+    if output == Format.json:
+        as_json(answer)
+    else:
+        out.print(f"{escape(name)}: deleted")
 
 
-def _call(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
+def call(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
+    """One call of AccessService, with the suite's key."""
+
     async def work() -> Any:
         async with suite.channel(REGISTRY_PORT) as channel:
             return await method(AccessServiceStub(channel))(request, timeout=10, metadata=suite.metadata)

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from rich.markup import escape
 
 from lingqu.cli.connection import REGISTRY_PORT, Suite, err, fail, out, run
-from lingqu.cli.output import when
+from lingqu.cli.output import Format, Output, as_json, when
 from lingqu.registry.v1 import backups_pb2
 from lingqu.registry.v1.backups_pb2_grpc import BackupServiceStub
 
@@ -28,8 +29,11 @@ def backup(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="Where to write it; '-' for standard output.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    output: Output = Format.table,
 ) -> None:
-    """Save models, versions, releases, policies, clients and revoked keys. Works while etcd is gone."""
+    """Save models, versions, releases, policies, clients and revoked keys. Works while etcd is gone.
+
+    With '-' nothing but the backup is printed."""
     to_stdout = str(file) == "-"
     if not to_stdout and file.exists() and not force:
         fail(f"{file} is there already; --force replaces it")
@@ -59,7 +63,11 @@ def backup(
     partial.replace(file)
     if header.stale:
         err.print("[yellow]etcd is out of reach: this is the last known state[/yellow]")
-    out.print(f"{file}: {header.records} records at revision {header.revision}, sha256 {header.sha256[:16]}…")
+    if output == Format.json:
+        as_json(header)
+        return
+    sha256 = f"{header.sha256[:16]}…"
+    out.print(f"{escape(str(file))}: {header.records} records at revision {header.revision}, sha256 {sha256}")
 
 
 @app.command()
@@ -69,6 +77,7 @@ def restore(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the state that the registry has.")
     ] = False,
+    output: Output = Format.table,
 ) -> None:
     """Write a backup into the registry, checked first. What is there is replaced only when told."""
     header, records = _read(file)
@@ -84,6 +93,9 @@ def restore(
             return await stub.Restore(messages(), timeout=300, metadata=suite.metadata)
 
     answer = run(work(context.obj))
+    if output == Format.json:
+        as_json(answer)
+        return
     removed = f", {answer.removed} others removed" if answer.removed else ""
     out.print(f"{answer.records} records of {when(header.create_time)} UTC restored{removed}")
 

@@ -19,10 +19,11 @@ ADMIN = "admin"
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whom a key belongs to."""
+    """Whom a key belongs to. `key_id` (jti) names the key; it is not a secret."""
 
     client: str
     admin: bool
+    key_id: str = ""
 
 
 ANONYMOUS = Caller("", admin=False)
@@ -47,7 +48,8 @@ def identify(authorization: str, keys: Iterable[Any]) -> Caller:
         except jwt.InvalidTokenError as err:
             problem = err
         else:
-            return Caller(str(claims["sub"]), ADMIN in str(claims.get("scope", "")).split())
+            admin = ADMIN in str(claims.get("scope", "")).split()
+            return Caller(str(claims["sub"]), admin, str(claims.get("jti", "")))
     raise Unauthenticated(f"the key is not valid: {problem or 'no signing key is known'}") from problem
 
 
@@ -62,7 +64,7 @@ class Callers:
 
     @property
     def known(self) -> bool:
-        """Whether callers can be known at all."""
+        """Whether there is a key set to know callers by."""
         return self._path is not None
 
     def of(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Caller:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import time
 from collections.abc import AsyncIterator
 
 from lingqu.registry.v1 import access_pb2 as pb
@@ -12,6 +10,7 @@ from lingqu.registry.v1.access_pb2_grpc import AccessServiceServicer
 from services.core.errors import Conflict, InvalidInput, NotFound
 from services.core.interceptors import Context
 from services.registry import validation
+from services.registry.callers import AdmittedCallers
 from services.registry.commits import Commits
 from services.registry.etcd import Put, Unchanged
 from services.registry.keyspace import ACCESS, CLIENTS, REVOKED
@@ -20,19 +19,22 @@ from services.registry.watching import Feed
 
 REPLACE_TRIES = 8
 KEY_TTL_MAX_S = 366 * 86_400
-# A revocation outlives its key a little: no machine's clock is exact.
-MARGIN_S = 3600
+# A revocation is kept as long as any key can live, by etcd's count of time alone: what a registry's clock
+# says about expire_time must not bring a key back. The margin is for a signer whose clock was ahead.
+REVOKED_FOR_S = KEY_TTL_MAX_S + 7 * 86_400
 
 
 class Access(AccessServiceServicer):
-    """Records: CLIENTS + name, a Client; REVOKED + key id, a RevokedKey by a lease that ends with the key."""
+    """Records: CLIENTS + name, a Client; REVOKED + key id, a RevokedKey by a lease of REVOKED_FOR_S."""
 
-    def __init__(self, mirror: Mirror, commits: Commits) -> None:
+    def __init__(self, mirror: Mirror, commits: Commits, callers: AdmittedCallers) -> None:
         self._mirror = mirror
         self._commits = commits
+        self._callers = callers
         self._feed = Feed(mirror, ACCESS, _respond)
 
     async def SetClient(self, request: pb.SetClientRequest, context: Context) -> pb.SetClientResponse:
+        self._callers.check_admin(context.invocation_metadata(), "change clients")
         if not request.HasField("client"):
             raise InvalidInput("client", "is required")
         client = pb.Client()
@@ -63,33 +65,34 @@ class Access(AccessServiceServicer):
     async def DeleteClient(
         self, request: pb.DeleteClientRequest, context: Context
     ) -> pb.DeleteClientResponse:
+        self._callers.check_admin(context.invocation_metadata(), "delete clients")
         key = CLIENTS + validation.client_name("name", request.name)
         await self._commits.caught_up()
         await self._replace(key, [], [key])
         return pb.DeleteClientResponse()
 
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Context) -> pb.RevokeKeyResponse:
+        self._callers.check_admin(context.invocation_metadata(), "revoke keys")
         key = REVOKED + validation.key_id(request.key_id)
         if request.client:
             validation.client_name("client", request.client)
-        revoked = pb.RevokedKey(
-            key_id=request.key_id, client=request.client, reason=validation.reason(request.reason)
-        )
-        revoked.revoke_time.GetCurrentTime()
-        revoked.expire_time.CopyFrom(request.expire_time)
-        if not request.HasField("expire_time"):
-            revoked.expire_time.FromSeconds(int(time.time()) + KEY_TTL_MAX_S)
-        if (known := self._mirror.get(key)) is None:
-            lease = await self._commits.lease(lifetime_s(revoked, time.time()))
+        validation.reason(request.reason)
+        validation.timestamp("expire_time", request.expire_time)
+        for _ in range(REPLACE_TRIES):
+            known, only_if = self._mirror.get(key), self._commits.unchanged(key)
+            revoked = _revoked(request, known.value if known else b"")
+            if revoked is None:
+                return pb.RevokeKeyResponse(key=pb.RevokedKey.FromString(known.value if known else b""))
+            lease = await self._commits.lease(REVOKED_FOR_S)
             put = Put(key, revoked.SerializeToString(), lease)
             try:
-                await self._commits.commit([put], [Unchanged(key, 0)])
+                await self._commits.commit([put], only_if)
             except Conflict:  # somebody else has revoked it, and perhaps for longer
+                await self._commits.release(lease)
                 await self._commits.caught_up()
-                known = self._mirror.get(key)
-        if known is not None:
-            revoked.ParseFromString(known.value)
-        return pb.RevokeKeyResponse(key=revoked)
+            else:
+                return pb.RevokeKeyResponse(key=revoked)
+        raise Conflict("it is being changed by others all the time; try again")
 
     async def ListRevokedKeys(
         self, request: pb.ListRevokedKeysRequest, context: Context
@@ -114,10 +117,20 @@ class Access(AccessServiceServicer):
         return self._feed.serve(request, context)
 
 
-def lifetime_s(revoked: pb.RevokedKey, now: float) -> int:
-    """How long the record of a revoked key has to live, whole seconds."""
-    left = revoked.expire_time.ToNanoseconds() / 1e9 - now
-    return math.ceil(min(max(left, 0), KEY_TTL_MAX_S)) + MARGIN_S
+def _revoked(request: pb.RevokeKeyRequest, known: bytes) -> pb.RevokedKey | None:
+    """The record to write; None if what is known says it already. The first client and reason stay, and the
+    later end. Without an end: that of the longest key which was there when it was revoked."""
+    revoked = pb.RevokedKey(key_id=request.key_id, client=request.client, reason=request.reason)
+    revoked.revoke_time.GetCurrentTime()
+    if known:
+        revoked.ParseFromString(known)
+    ends = revoked.revoke_time.seconds + KEY_TTL_MAX_S, 0
+    if request.HasField("expire_time"):
+        ends = request.expire_time.seconds, request.expire_time.nanos
+    if known and ends <= (revoked.expire_time.seconds, revoked.expire_time.nanos):
+        return None
+    revoked.expire_time.seconds, revoked.expire_time.nanos = ends
+    return revoked
 
 
 def _respond(update: Update, view: str) -> pb.WatchAccessResponse:

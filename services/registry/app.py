@@ -17,7 +17,6 @@ from lingqu.registry.v1 import (
     models_pb2_grpc,
     rollouts_pb2_grpc,
 )
-from services.core.identity import Callers
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Addresses, Settings, Trusted
@@ -25,6 +24,7 @@ from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.registry.access import Access
 from services.registry.backups import Backups
+from services.registry.callers import AdmittedCallers
 from services.registry.catalog import Catalog
 from services.registry.commits import Commits
 from services.registry.conductor import Conductor
@@ -64,7 +64,7 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         etcd = Etcd(cfg.etcd)
         stack.push_async_callback(etcd.close)
         mirror, leases, renewals = Mirror(etcd), Leases(etcd), Renewals(etcd)
-        catalog, commits, callers = Catalog(mirror), Commits(etcd, mirror), Callers(cfg.jwks)
+        catalog, commits, callers = Catalog(mirror), Commits(etcd, mirror), AdmittedCallers(cfg.jwks, mirror)
         releases = Releases(catalog, commits)
         conductor = Conductor(catalog, commits, releases)
         leadership = Leadership(etcd, mirror, f"{cfg.registry_listen}/{uuid.uuid4().hex[:8]}")
@@ -80,8 +80,8 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         rollouts = Rollouts(catalog, conductor, callers)
         rollouts_pb2_grpc.add_RolloutServiceServicer_to_server(rollouts, server)
-        access_pb2_grpc.add_AccessServiceServicer_to_server(Access(mirror, commits), server)
-        backups_pb2_grpc.add_BackupServiceServicer_to_server(Backups(etcd, mirror), server)
+        access_pb2_grpc.add_AccessServiceServicer_to_server(Access(mirror, commits, callers), server)
+        backups_pb2_grpc.add_BackupServiceServicer_to_server(Backups(etcd, mirror, callers), server)
         await stack.enter_async_context(background(mirror.run(), leases.run(), renewals.run()))
         await mirror.synced()
         # Thousands of streams that live long: looking through all of them again and again paused everybody.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import AsyncIterator, Iterable
 
-from lingqu.registry.v1 import access_pb2, rollouts_pb2
 from lingqu.registry.v1 import backups_pb2 as pb
+from lingqu.registry.v1 import rollouts_pb2
 from lingqu.registry.v1.backups_pb2_grpc import BackupServiceServicer
-from services.core.errors import InvalidInput, Occupied
+from services.core.errors import InvalidInput, Occupied, Restoring
 from services.core.interceptors import Context
 from services.registry import rollouts
-from services.registry.access import lifetime_s
+from services.registry.access import REVOKED_FOR_S
+from services.registry.backup_records import check
+from services.registry.callers import AdmittedCallers
+from services.registry.claims import Claim
 from services.registry.etcd import Etcd, Put, Record
 from services.registry.keyspace import ACCESS, MODELS, PREFIX, RESTORING, REVOKED
 from services.registry.mirror import Mirror
@@ -27,11 +29,17 @@ class Backups(BackupServiceServicer):
     """A backup is read from the registry's copy, so it can be had while etcd is gone. A restore is many
     transactions: RESTORING is there until the last of them, and keeps all other governance writes out."""
 
-    def __init__(self, etcd: Etcd, mirror: Mirror) -> None:
+    def __init__(self, etcd: Etcd, mirror: Mirror, callers: AdmittedCallers) -> None:
         self._etcd = etcd
         self._mirror = mirror
+        self._callers = callers
 
     async def Backup(self, request: pb.BackupRequest, context: Context) -> AsyncIterator[pb.BackupResponse]:
+        if self._mirror.get(RESTORING) is not None:
+            raise Restoring(
+                "a restore is in progress or was interrupted, what is there is half a state: keep the last "
+                "backup, repeat `lingqu registry restore`"
+            )
         known = [r for prefix in (ACCESS, MODELS) for r in self._mirror.under(prefix) if _belongs(r)]
         records = [pb.BackupRecord(key=r.key.removeprefix(PREFIX), value=r.value) for r in known]
         header = pb.BackupHeader(
@@ -50,40 +58,40 @@ class Backups(BackupServiceServicer):
     async def Restore(
         self, request_iterator: AsyncIterator[pb.RestoreRequest], context: Context
     ) -> pb.RestoreResponse:
+        self._callers.check_admin(context.invocation_metadata(), "restore a backup")
         overwrite, records = await _received(request_iterator)
-        there = [r for prefix in (ACCESS, MODELS) for r in (await self._etcd.read(prefix))[0]]
-        interrupted = self._mirror.get(RESTORING) is not None
-        if there and not overwrite and not interrupted:
+        claim = await Claim.made(self._etcd)
+        there = [r.key for prefix in (ACCESS, MODELS) for r in (await self._etcd.read(prefix))[0]]
+        if there and not overwrite and not claim.interrupted:
+            await claim.ended()
             raise Occupied(
                 f"the registry holds {len(there)} records already; overwrite is needed to replace them"
             )
-        await self._etcd.commit([Put(RESTORING, b"")])
-        kept = {PREFIX + record.key for record in records}
+        await claim.begun()
+        revoked = any(record.key.startswith(REVOKED.removeprefix(PREFIX)) for record in records)
+        lease = await self._etcd.grant(REVOKED_FOR_S) if revoked else 0
         # What others refer to comes first: a model's versions before its traffic.
         ordered = sorted(records, key=lambda r: r.key.endswith(("/traffic", "/rollout")))
         for batch in batches(ordered):
-            await self._etcd.commit([put for record in batch if (put := await self._put(record))])
-        gone = sorted({record.key for record in there} - kept)
+            await claim.write([_put(record, lease) for record in batch])
+        gone = sorted(set(there) - {PREFIX + record.key for record in records})
         for start in range(0, len(gone), BATCH_RECORDS):
-            await self._etcd.commit([], [], gone[start : start + BATCH_RECORDS])
-        revision = await self._etcd.commit([], [], [RESTORING])
-        await self._mirror.reached(revision)
+            await claim.write(deletes=gone[start : start + BATCH_RECORDS])
+        await self._mirror.reached(await claim.ended())
         return pb.RestoreResponse(records=len(records), removed=len(gone))
 
-    async def _put(self, record: pb.BackupRecord) -> Put | None:
-        """None for what is over by now: a revoked key that has expired."""
-        key = PREFIX + record.key
-        if key.startswith(REVOKED):
-            revoked = access_pb2.RevokedKey.FromString(record.value)
-            if revoked.expire_time.ToSeconds() < time.time():
-                return None
-            return Put(key, record.value, await self._etcd.grant(lifetime_s(revoked, time.time())))
-        if key.startswith(MODELS) and key.endswith("/rollout"):
-            rollout = rollouts_pb2.Rollout.FromString(record.value)
-            if rollouts.running(rollout):  # its timer is not part of a backup: it must not advance by itself
-                rollout.state, rollout.detail = rollouts.ENDED, "ended by a restore"
-            return Put(key, rollout.SerializeToString())
-        return Put(key, record.value)
+
+def _put(record: pb.BackupRecord, lease: int) -> Put:
+    """`lease` is for revoked keys."""
+    key = PREFIX + record.key
+    if key.startswith(REVOKED):
+        return Put(key, record.value, lease)
+    if key.startswith(MODELS) and key.endswith("/rollout"):
+        rollout = rollouts_pb2.Rollout.FromString(record.value)
+        if rollouts.running(rollout):  # its timer is not part of a backup: it must not advance by itself
+            rollout.state, rollout.detail = rollouts.ENDED, "ended by a restore"
+        return Put(key, rollout.SerializeToString())
+    return Put(key, record.value)
 
 
 async def _received(requests: AsyncIterator[pb.RestoreRequest]) -> tuple[bool, list[pb.BackupRecord]]:
@@ -110,9 +118,7 @@ async def _received(requests: AsyncIterator[pb.RestoreRequest]) -> tuple[bool, l
         raise InvalidInput("records", f"{len(records)} came, the header says {header.records}: cut off?")
     if digest(records) != header.sha256:
         raise InvalidInput("records", "do not have the header's SHA-256: the backup is corrupt")
-    for index, record in enumerate(records):
-        if not (PREFIX + record.key).startswith((MODELS, ACCESS)):
-            raise InvalidInput(f"records[{index}].key", f'"{record.key[:80]}" is no part of a backup')
+    check(records)
     return overwrite, records
 
 

@@ -225,7 +225,7 @@ class Mirror:
                 if not at_once:
                     await asyncio.sleep(backoff.delay())
                 at_once = False
-            except LingquError:
+            except Exception:  # a registry with the last known state is better than none
                 log.exception("cannot follow etcd")
                 self._set_stale(True)
                 await asyncio.sleep(backoff.delay())
@@ -239,7 +239,7 @@ class Mirror:
                 log.warning("serving the last known state: %s", err)
             self._set_stale(True)
             raise
-        found = records[0].value.decode() if records else ""
+        found = records[0].value.decode(errors="replace") if records else ""
         if self._revision and revision >= self._revision and found == self._store_id:
             return
         if self._revision:
@@ -268,21 +268,21 @@ class Mirror:
             await self.reached(await self._etcd.commit([Put(MARK, b"")]))
             return
         log.warning("a watcher knows revision %d and etcd is at %d: it was restored", revision, newest)
-        if records and records[0].value.decode() == self._store_id:
+        if records and records[0].value.decode(errors="replace") == self._store_id:
             await self._name_store(records[0].mod_revision)
 
     async def _relist_quietly(self) -> None:
         try:
             await self._relist()
-        except LingquError as err:
+        except Exception as err:
             self._set_stale(True)
-            log.warning("cannot list etcd: %s", err)
+            log.warning("cannot list etcd: %s", err, exc_info=not isinstance(err, LingquError))
 
     async def _relist(self) -> None:
         """Read etcd whole. The difference is told to subscribers, unless it is one between two stores."""
         records, revision = await self._etcd.read(PREFIX)
         now = {record.key: record for record in records}
-        store_id = now[STORE].value.decode() if STORE in now else ""
+        store_id = now[STORE].value.decode(errors="replace") if STORE in now else ""
         if self._revision and (store_id != self._store_id or revision < self._revision):
             error = StoreReplaced("etcd lost what it had; start from a snapshot")
             for subscriber in itertools.chain.from_iterable(self._subscribers.values()):
@@ -309,7 +309,7 @@ class Mirror:
                 if before is None:
                     self._keys.add(key)
                 if key == STORE:
-                    self._store_id = change.record.value.decode()
+                    self._store_id = change.record.value.decode(errors="replace")
         self._revision = batch.revision
         if changes:
             self._snapshots.clear()
@@ -326,8 +326,14 @@ class Mirror:
             own = folded(c for c in changes if c.key.startswith(prefix)) if subscribers else ()
             if own:
                 update = Update(self._revision, own, self._stale, self._store_id)
-                if prefix in self._prepared:
-                    self._prepared[prefix](update)
+                try:
+                    if prefix in self._prepared:
+                        self._prepared[prefix](update)
+                except Exception:  # one record that nobody can read must not end the copy for everybody
+                    log.exception("revision %d of %s cannot be told", self._revision, prefix)
+                    for subscriber in subscribers:
+                        subscriber.end(LingquError(f"the registry cannot tell revision {self._revision}"))
+                    continue
                 for subscriber in subscribers:
                     subscriber.feed(update)
 

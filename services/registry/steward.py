@@ -82,6 +82,9 @@ class Steward:
         except LingquError as err:
             self._due.add(name)
             log.warning("%s: %s", name, err)
+        except Exception:
+            # A record that cannot be read must not end the registry; it is looked at again when it changes.
+            log.exception("%s: cannot be looked at", name)
 
     async def _stages(self, model: models_pb2.Model, fence: Unchanged) -> None:
         for version in model.versions:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from lingqu.registry.v1 import access_pb2, instances_pb2, models_pb2, rollouts_pb2
@@ -313,3 +314,14 @@ def _labels(field: str, labels: object) -> None:
     for key, value in pairs.items():
         if not 0 < len(key) <= 63 or len(value) > 256:
             raise InvalidInput(f"{field}[{key[:63]}]", "keys of 1 to 63 and values of at most 256 characters")
+
+
+def timestamp(field: str, value: Timestamp) -> Timestamp:
+    """From year 1 to 9999, as protobuf has it; others cannot be told as text."""
+    try:
+        value.ToNanoseconds()
+    except ValueError as err:
+        raise InvalidInput(
+            field, "a time from year 1 to 9999, nanos from 0 to 999,999,999, is needed"
+        ) from err
+    return value

@@ -74,7 +74,9 @@ def test_the_ports_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> No
     "command",
     [
         "up", "status", "generate", "chat", "embed", "instances",
-        "models list", "models show", "models publish", "keys create",
+        "models list", "models show", "models publish", "keys create", "keys revoke", "keys revoked",
+        "clients list", "clients show", "clients set", "clients delete",
+        "registry backup", "registry restore",
     ],
 )  # fmt: skip
 def test_a_command_explains_itself(command: str) -> None:

@@ -1,17 +1,26 @@
-"""Clients and revoked keys on a real etcd."""
+"""Clients and revoked keys on a real etcd, and what they mean for who calls the registry."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from lingqu.registry.v1 import access_pb2 as pb
+from lingqu.registry.v1 import backups_pb2, models_pb2
+from services.gateway.keys import KeyRing
+from services.registry import access
+from services.registry.backups import digest
+from services.registry.etcd import Etcd
+from services.registry.keyspace import REVOKED
 from tests.conftest import EtcdServer
-from tests.registries import Api, refused, served
+from tests.registries import Api, refused, served, version
 from tests.waiting import until
 
 
@@ -67,29 +76,134 @@ async def revoke(api: Api, key_id: str, **fields: Any) -> pb.RevokedKey:
     return (await api.access.RevokeKey(request, timeout=5)).key  # type: ignore[no-any-return]
 
 
-async def test_a_revoked_key_is_listed_until_it_expires(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    from services.registry import access
+def at(seconds: float, nanos: int = 0) -> Timestamp:
+    return Timestamp(seconds=int(seconds), nanos=nanos)
 
-    monkeypatch.setattr(access, "MARGIN_S", 1)
-    soon = pb.RevokedKey()
-    soon.expire_time.FromSeconds(int(time.time()) + 1)
-    await revoke(api, "short", client="alice", reason="lost", expire_time=soon.expire_time)
-    first = await revoke(api, "long", reason="stolen")
-    assert await revoke(api, "long", reason="again") == first, "revoking twice changes nothing"
-    assert first.expire_time.ToSeconds() > time.time() + 365 * 86_400
 
-    async def ids() -> list[str]:
-        answer = await api.access.ListRevokedKeys(pb.ListRevokedKeysRequest(), timeout=5)
-        return [key.key_id for key in answer.keys]
+async def revoked_ids(api: Api) -> list[str]:
+    answer = await api.access.ListRevokedKeys(pb.ListRevokedKeysRequest(), timeout=5)
+    return [key.key_id for key in answer.keys]
 
-    assert await ids() == ["long", "short"]
+
+async def test_a_revoked_key_is_forgotten_when_no_key_of_its_time_can_live(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await revoke(api, "long")
+    monkeypatch.setattr(access, "REVOKED_FOR_S", 1)
+    await revoke(api, "short", expire_time=at(time.time() + 86_400))
 
     async def forgotten() -> bool:
-        return await ids() == ["long"]
+        return await revoked_ids(api) == ["long"]
 
-    await until(forgotten, "the record of the expired key is gone")
+    await until(forgotten, "its lease is over")
     error = await refused(revoke(api, "eyJhbGciOi.the.key.itself"))
     assert error.field == "key_id"
+
+
+async def test_what_a_clock_says_of_its_end_brings_no_key_back(api: Api, etcd_server: EtcdServer) -> None:
+    """A registry whose clock is a month ahead takes the key for expired."""
+    await revoke(api, "k", expire_time=at(time.time() - 30 * 86_400))
+    etcd = Etcd(etcd_server.address)
+    record = await etcd.get(f"{REVOKED}k")
+    assert record
+    assert await etcd.remaining(record.lease) > access.KEY_TTL_MAX_S
+    await etcd.close()
+
+
+async def test_revoking_again_only_extends(api: Api) -> None:
+    first = await revoke(api, "k", client="alice", reason="stolen", expire_time=at(time.time() + 60))
+    earlier = at(time.time() + 30)
+    assert await revoke(api, "k", reason="again", expire_time=earlier) == first
+    later = at(time.time() + 90)
+    second = await revoke(api, "k", reason="again", expire_time=later)
+    assert (second.expire_time, second.reason, second.client) == (later, "stolen", "alice")
+    assert second.revoke_time == first.revoke_time
+    third = await revoke(api, "k")
+    assert third.expire_time.seconds == first.revoke_time.seconds + access.KEY_TTL_MAX_S
+    assert await revoke(api, "k", reason="again") == third, "without an end, revoking twice changes nothing"
+    answer = await api.access.ListRevokedKeys(pb.ListRevokedKeysRequest(), timeout=5)
+    assert list(answer.keys) == [third]
+
+
+@pytest.mark.parametrize("wrong", [at(2**60), at(-(2**60)), at(0, 10**9), at(0, -1)])
+async def test_an_end_out_of_all_time_is_refused(api: Api, wrong: Timestamp) -> None:
+    error = await refused(revoke(api, "k", expire_time=wrong))
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "expire_time")
+
+
+class Keyed:
+    """A registry that knows callers by a key set."""
+
+    def __init__(self, api: Api, ring: KeyRing) -> None:
+        self.api = api
+        self.ring = ring
+        self.root = self.metadata(ring.mint("root", 60, admin=True).key)
+
+    @staticmethod
+    def metadata(key: str) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {key}"),)
+
+    async def create(self, key: str) -> str:
+        """A call that looks at who calls; the creator it saw."""
+        request = models_pb2.CreateModelVersionRequest(version=version())
+        call = self.api.models.CreateModelVersion(request, timeout=5, metadata=self.metadata(key))
+        return str((await call).version.creator)
+
+
+@pytest.fixture
+async def keyed(etcd_server: EtcdServer, tmp_path: Path) -> AsyncIterator[Keyed]:
+    ring = KeyRing.at(tmp_path / "signing.pem")
+    jwks = tmp_path / "jwks.json"
+    jwks.write_text(json.dumps(ring.jwks()))
+    async with served(etcd_server, jwks=jwks) as found:
+        yield Keyed(found, ring)
+
+
+async def test_a_revoked_key_is_refused_and_the_others_of_its_client_are_not(keyed: Keyed) -> None:
+    lost, kept = keyed.ring.mint("alice", 60), keyed.ring.mint("alice", 60)
+    assert await keyed.create(lost.key) == "alice"
+    request = pb.RevokeKeyRequest(key_id=lost.key_id)
+    await keyed.api.access.RevokeKey(request, timeout=5, metadata=keyed.root)
+    error = await refused(keyed.create(lost.key))
+    assert error.code == grpc.StatusCode.UNAUTHENTICATED
+    assert "revoked" in str(error)
+    assert await keyed.create(kept.key) == "alice"
+
+
+async def test_no_key_of_a_disabled_client_is_accepted(keyed: Keyed) -> None:
+    key = keyed.ring.mint("alice", 60).key
+    for disabled in (True, False):
+        request = pb.SetClientRequest(client=pb.Client(name="alice", disabled=disabled))
+        await keyed.api.access.SetClient(request, timeout=5, metadata=keyed.root)
+        if disabled:
+            error = await refused(keyed.create(key))
+            assert error.code == grpc.StatusCode.UNAUTHENTICATED
+            assert "disabled" in str(error)
+    assert await keyed.create(key) == "alice"
+
+
+async def test_where_callers_are_known_only_an_admin_changes_access(keyed: Keyed) -> None:
+    access, backups = keyed.api.access, keyed.api.backups
+    calls: list[Callable[[Any], Any]] = [
+        lambda who: access.SetClient(
+            pb.SetClientRequest(client=pb.Client(name="eve")), timeout=5, metadata=who
+        ),
+        lambda who: access.DeleteClient(pb.DeleteClientRequest(name="eve"), timeout=5, metadata=who),
+        lambda who: access.RevokeKey(pb.RevokeKeyRequest(key_id="k"), timeout=5, metadata=who),
+        lambda who: backups.Restore(iter(_empty_backup()), timeout=5, metadata=who),
+    ]
+    for call in calls:
+        for who in ((), keyed.metadata(keyed.ring.mint("eve", 60).key)):
+            error = await refused(call(who))
+            assert error.code == grpc.StatusCode.PERMISSION_DENIED
+    assert await revoked_ids(keyed.api) == []
+    for call in (calls[3], *calls[:3]):
+        await call(keyed.root)
+
+
+def _empty_backup() -> list[backups_pb2.RestoreRequest]:
+    header = backups_pb2.BackupHeader(format=1, sha256=digest([]))
+    return [backups_pb2.RestoreRequest(header=header)]
 
 
 async def test_access_is_watched_with_a_snapshot_first(api: Api) -> None:

@@ -1,0 +1,111 @@
+"""`lingqu clients`, `keys` and `registry` on a real registry that knows callers by their keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.local import layout as at
+from lingqu.registry.v1 import access_pb2
+from services.gateway.keys import KeyRing
+from tests.conftest import EtcdServer, free_offset
+from tests.registries import RegistryProcess
+
+MAIN = "from lingqu.cli.main import main; main()"
+STRANGE = "[bold]x[/bold]"
+
+
+class Cli:
+    """Runs `lingqu` on a state folder, as its users do."""
+
+    def __init__(self, state: Path, ring: KeyRing, registry: RegistryProcess) -> None:
+        self.state = state
+        self.ring = ring
+        self.registry = registry
+        self.root = ring.mint("root", 600, admin=True)
+
+    async def __call__(self, *args: str, key: str = "") -> tuple[int, str]:
+        """Exit code, and what it printed."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", MAIN, "--state", str(self.state)),
+            *("--key", key or self.root.key, *args),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        said, _ = await asyncio.wait_for(process.communicate(), 60)
+        return process.returncode or 0, said.decode()
+
+    async def json(self, *args: str) -> Any:
+        code, said = await self(*args, "-o", "json")
+        assert code == 0, said
+        return json.loads(said)
+
+
+@pytest.fixture
+async def cli(etcd_server: EtcdServer, tmp_path: Path) -> AsyncIterator[Cli]:
+    offset = free_offset()
+    ring = KeyRing.at(tmp_path / "signing.pem")
+    jwks = tmp_path / "jwks.json"
+    jwks.write_text(json.dumps(ring.jwks()))
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "suite.json").write_text(json.dumps({"offset": offset, "pid": os.getpid(), "parts": {}}))
+    registry = await RegistryProcess.start(
+        etcd_server,
+        "registry",
+        address=f"{at.HOST}:{at.REGISTRY + offset}",
+        env={"LINGQU_JWKS": str(jwks)},
+    )
+    yield Cli(state, ring, registry)
+    await registry.stop()
+
+
+async def test_a_client_is_shown_with_everything_as_it_is_written(cli: Cli) -> None:
+    limits = access_pb2.Limits(requests_per_second=5)
+    client = access_pb2.Client(
+        name="alice",
+        models=["smol*"],
+        limits=limits,
+        model_limits=[access_pb2.ModelLimits(models="minilm*", limits=access_pb2.Limits(tokens_per_day=7))],
+        labels={"team": STRANGE},
+    )
+    await cli.registry.api.access.SetClient(
+        access_pb2.SetClientRequest(client=client),
+        timeout=5,
+        metadata=(("authorization", f"Bearer {cli.root.key}"),),
+    )
+    assert (await cli.json("clients", "set", "alice", "--disabled"))["disabled"]
+    code, said = await cli("clients", "show", "alice")
+    assert code == 0, said
+    for text in ("alice", "disabled", "smol*", "5 req/s", "minilm*", "7 tok/day", STRANGE):
+        assert text in said
+    assert (await cli.json("clients", "show", "alice"))["labels"] == {"team": STRANGE}
+    assert await cli.json("clients", "delete", "alice") == {}
+
+
+async def test_a_key_is_taken_back(cli: Cli) -> None:
+    lost = cli.ring.mint("other", 600, admin=True)
+    code, said = await cli("keys", "revoke", lost.key_id, "--client", "other", "--reason", STRANGE)
+    assert code == 0, said
+    code, said = await cli("keys", "revoked")
+    assert lost.key_id in said
+    assert STRANGE in said
+    assert [k["key_id"] for k in await cli.json("keys", "revoked")] == [lost.key_id]
+    code, said = await cli("clients", "set", "eve", key=lost.key)
+    assert (code, "is revoked" in said) == (1, True), said
+    code, said = await cli("clients", "set", "eve", key=cli.ring.mint("eve", 600).key)
+    assert (code, "an admin key is needed" in said) == (1, True), said
+
+
+async def test_a_backup_and_a_restore_answer_programs_too(cli: Cli, tmp_path: Path) -> None:
+    await cli.json("clients", "set", "alice", "--model", "*")
+    file = str(tmp_path / "x.backup")
+    assert (await cli.json("registry", "backup", file))["records"] == "1"
+    assert await cli.json("registry", "restore", file, "--overwrite") == {"records": "1", "removed": "0"}
