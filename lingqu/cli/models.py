@@ -81,21 +81,27 @@ def publish(
         ),
     ] = None,
     timeout: Timeout = 300.0,
+    output: Output = Format.table,
 ) -> None:
     """Publish an artifact as a version: registered, loaded, proven, and only then given traffic."""
     if not (artifact / "manifest.json").is_file():
         fail(f"{artifact} has no manifest.json; `python -m pipeline --help` shows how to make an artifact")
     suite: Suite = context.obj
 
-    async def work(publisher: Publisher) -> None:
+    tell = (err if output == Format.json else out).print
+
+    async def work(publisher: Publisher) -> int:
         found = Artifact.at(artifact)
         if store:
             found = found.push(store)
-            out.print(f"stored at {found.uri}")
+            tell(f"stored at {found.uri}")
         found = _signed(found, name, key or suite.state / "publisher.pem")
-        await publisher.publish(name, found, traffic=traffic, timeout_s=timeout, tell=out.print)
+        return await publisher.publish(name, found, traffic=traffic, timeout_s=timeout, tell=tell)
 
-    publishing(suite, work)
+    number = publishing(suite, work)
+    if output == Format.json:
+        request = models_pb2.GetModelVersionRequest(model=name, version=number)
+        as_json(call(suite, lambda stub: stub.GetModelVersion, request).version)
 
 
 @app.command()
