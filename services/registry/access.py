@@ -90,7 +90,7 @@ class Access(AccessServiceServicer):
             except Conflict:  # somebody else has revoked it, and perhaps for longer
                 await self._commits.release(lease)
                 await self._commits.caught_up()
-            else:
+            else:  # a lease that it had before ends by itself: a restore gives one to many keys
                 return pb.RevokeKeyResponse(key=revoked)
         raise Conflict("it is being changed by others all the time; try again")
 
