@@ -14,8 +14,8 @@ PROTOS := $(shell find protos -name '*.proto')
 up: install $(MODELS)                        ## start the whole suite; Ctrl-C stops it
 	@exec $(BIN)/lingqu up $(ARGS)
 
-test: install $(MODELS)                      ## all tests, with real etcd, Triton and Envoy
-	$(BIN)/pytest $(ARGS)
+test: install $(MODELS)                      ## all tests, with real etcd, Triton and Envoy; ARGS="-n 0 …" for one
+	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 check: install                               ## format, lint, types, protos
 	$(BIN)/ruff format --check .

@@ -25,7 +25,11 @@ settings.load_profile("lingqu")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What soaks takes minutes: only where it is asked for (`make soak`)."""
+    """What soaks takes minutes: only where it is asked for (`make soak`). With several workers, whatever uses
+    the one running suite is for one of them, and otherwise a file at a time."""
+    for item in items:
+        shared = "suite" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("suite" if shared else item.location[0]))
     if "soak" not in config.option.markexpr:
         long = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if item not in long]
@@ -34,7 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 ALL_PORTS = (at.PUBLIC, at.GATEWAY, at.REGISTRY, at.INFERENCE, at.TRITON_HTTP, at.TRITON_GRPC)
 ALL_PORTS += (at.TRITON_METRICS, at.ETCD, at.ETCD_PEER, at.ENVOY_ADMIN)
-_next_offset = 2000 + os.getpid() % 50 * 100
+# Workers have ports of their own, below those that the system gives to clients.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_next_offset = 2000 + WORKER * 9000 + os.getpid() % 10 * 50
 
 
 def free_offset() -> int:

@@ -302,7 +302,7 @@ async def test_a_backup_of_a_suite_is_a_whole_file(suite: Suite, tmp_path: Path)
 async def test_clients_by_the_command_line(suite: Suite) -> None:
     await lingqu_cli(suite, "clients", "set", "alice", "--model", "smol*", "--requests-per-second", "5")
     await lingqu_cli(suite, "clients", "set", "alice", "--tokens-per-day", "1000")
-    shown = json.loads(await lingqu_cli(suite, "clients", "show", "alice"))
+    shown = json.loads(await lingqu_cli(suite, "clients", "show", "alice", "-o", "json"))
     assert shown["models"] == ["smol*"]
     assert (shown["limits"]["requests_per_second"], shown["limits"]["tokens_per_day"]) == (5, "1000")
     await lingqu_cli(suite, "clients", "delete", "alice")
