@@ -46,6 +46,12 @@ class WrongTask(InvalidInput):
     reason = "WRONG_TASK"
 
 
+class Unsupported(InvalidInput):
+    """The field is well-formed, but this model or its engine cannot do it."""
+
+    reason = "UNSUPPORTED"
+
+
 class NotFound(LingquError):
     code = grpc.StatusCode.NOT_FOUND
     reason = "NOT_FOUND"

@@ -15,7 +15,7 @@ from lingqu.inference.v1 import inference_pb2
 TEXT_SERVICE = "lingqu.inference.v1.InferenceService"
 TENSOR_SERVICE = "inference.GRPCInferenceService"
 
-TEXT_METHODS = ("Generate", "StreamGenerate", "Embed")
+TEXT_METHODS = ("Generate", "StreamGenerate", "Embed", "Classify", "Answer", "Score", "Tokenize")
 # The protocol's other methods change the server or its memory: they are not for clients.
 TENSOR_INFERENCE = ("ModelInfer", "ModelStreamInfer")
 TENSOR_DESCRIPTION = ("ModelMetadata", "ModelReady", "ModelConfig", "ModelStatistics")

@@ -20,7 +20,7 @@ from services.core.identity import AUDIENCE, ISSUER
 from services.gateway import replies
 from services.gateway.clusters import ADS, TRACES, socket_address
 from services.gateway.descriptors import descriptor_set, extractions
-from services.gateway.routes import MODEL_HEADER, OPEN_PREFIXES, ROUTES, VERSION_HEADER
+from services.gateway.routes import CLIENT_HEADER, MODEL_HEADER, OPEN_PREFIXES, ROUTES, VERSION_HEADER
 
 LISTENER = "public"
 HTTP = "envoy.extensions.filters.http"
@@ -99,6 +99,8 @@ def _authentication(jwks: Mapping[str, object]) -> dict[str, Any]:
         "from_headers": [
             {"name": "authorization", "value_prefix": f"{scheme} "} for scheme in ("Bearer", "bearer")
         ],
+        # Who asks: inference is fair between clients by it.
+        "claim_to_headers": [{"header_name": CLIENT_HEADER, "claim_name": "sub"}],
         "forward": True,  # the control plane checks scopes; routes to backends remove it
     }
     open_rules = [{"match": {"prefix": prefix}} for prefix in OPEN_PREFIXES]
@@ -150,13 +152,13 @@ def _code_details_contain(text: str) -> dict[str, Any]:
 
 
 def _strip_own_headers() -> dict[str, Any]:
-    """No client may say which model or version it was routed for."""
+    """No client may say who it is, or which model or version it was routed for."""
     return {
         "name": "strip",
         "typed_config": {
             "@type": "type.googleapis.com/"
             "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
-            "mutations": [{"remove": name} for name in (MODEL_HEADER, VERSION_HEADER)],
+            "mutations": [{"remove": name} for name in (CLIENT_HEADER, MODEL_HEADER, VERSION_HEADER)],
         },
     }
 

@@ -13,6 +13,7 @@ from services.gateway.view import Target, View
 
 ROUTES = "public"
 MODEL_HEADER = "x-lingqu-model"
+CLIENT_HEADER = "x-lingqu-client"
 VERSION_HEADER = "x-lingqu-model-version"
 # Open to everybody: they tell nothing but what the published protos tell.
 OPEN_PREFIXES = (

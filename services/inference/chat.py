@@ -16,11 +16,32 @@ from services.core.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a tool that the assistant asked for; `arguments` is JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """One message; role is system, user or assistant."""
+    """One message; role is system, user, assistant or tool."""
 
     role: str
     content: str
+    calls: tuple[Call, ...] = ()
+    call_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function the model may ask for; `parameters` is JSON text of a JSON Schema, or empty."""
+
+    name: str
+    description: str = ""
+    parameters: str = ""
 
 
 class ChatTemplate:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceServicer
-from services.core.errors import WrongTask
+from services.core.errors import Unimplemented, WrongTask
 from services.core.interceptors import Context
 from services.inference import convert
 from services.inference.routing import Routing
@@ -27,11 +27,11 @@ class Inference(InferenceServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         job = convert.to_generate_job(request)
         model = self._model(request.model, TextModel, "generates no text", context)
-        texts, last = [], Delta("")
+        candidates, last = [pb.Candidate() for _ in range(job.n)], Delta("")
         async with aclosing(model.generate(job)) as deltas:
             async for last in deltas:
-                texts.append(last.text)
-        return convert.to_generate_response("".join(texts), last, str(model.key.version))
+                convert.add_to_candidate(candidates[last.index], last)
+        return convert.to_generate_response(candidates, last, str(model.key.version))
 
     async def StreamGenerate(
         self, request: pb.GenerateRequest, context: Context
@@ -48,6 +48,18 @@ class Inference(InferenceServiceServicer):
         model = self._model(request.model, VectorModel, "makes no vectors", context)
         vectors = await model.embed(texts, context.time_remaining())
         return convert.to_embed_response(vectors, str(model.key.version))
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
+        raise Unimplemented("Classify is not there yet")
+
+    async def Answer(self, request: pb.AnswerRequest, context: Context) -> pb.AnswerResponse:
+        raise Unimplemented("Answer is not there yet")
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        raise Unimplemented("Score is not there yet")
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        raise Unimplemented("Tokenize is not there yet")
 
     def _model(self, name: str, kind: type[M], otherwise: str, context: Context) -> M:
         """The gateway says which version; without its word the registry's traffic decides."""

@@ -13,8 +13,8 @@ from services.core.discovery import VersionKey
 from services.core.errors import InvalidInput
 from services.core.telemetry import current_traceparent
 from services.inference.artifact import TextSpec
-from services.inference.backends.engine import Finish, Sampling
-from services.inference.chat import ChatTemplate, Turn
+from services.inference.backends.engine import Finish, Grammar, Sampling
+from services.inference.chat import ChatTemplate, Tool, Turn
 from services.inference.session import Session
 from services.inference.stops import StopFilter
 from services.inference.tokens import Detokenizer, unblocked
@@ -24,26 +24,54 @@ DEFAULT_MAX_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class GenerateJob:
-    """A checked request: `prompt` or `turns`; `max_tokens` None leaves it to the model."""
+    """A checked request: `prompt` or `turns`; `max_tokens` None leaves it to the model. `seed` None: nobody
+    chose one. `cached` False: neither from the cache nor into it."""
 
     prompt: str | None
     turns: tuple[Turn, ...]
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    stop: tuple[str, ...]
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: bool = False
+    grammar: Grammar | None = None
+    tools: tuple[Tool, ...] = ()
+    cached: bool = True
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the same job has the same answer."""
+        return self.temperature == 0 or self.seed is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A generated token and the natural logarithm of its probability."""
+
+    token: int
+    bytes: bytes
+    logprob: float
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of the answer. `finish` and the counts are final in the last one."""
+    """A piece of candidate `index`. `finish` is set on the last piece of a candidate; the counts, over all
+    candidates, are final in the very last piece. `cached`: it was not computed for this request."""
 
     text: str
     finish: Finish = Finish.NONE
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    index: int = 0
+    logprobs: tuple[Logprob, ...] = ()
+    cached: bool = False
 
 
 class TextModel:
@@ -109,4 +137,4 @@ class TextModel:
             raise InvalidInput(
                 "max_tokens", f"{wanted}, but the prompt of {prompt_tokens} tokens leaves room for {room}"
             )
-        return Sampling(wanted, job.temperature, job.top_p, job.top_k, job.seed)
+        return Sampling(wanted, job.temperature, job.top_p, job.top_k, job.seed or 0)

@@ -10,11 +10,14 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any, Protocol
 
 MAX_PENDING = 1024
 MAX_TOP_K = 1_000_000  # more than any vocabulary
+MAX_TEMPERATURE = 2.0
+MAX_REPETITION_PENALTY = 2.0
+MAX_PENALTY = 2.0
 IDLE_POLL_S = 0.2  # how soon a sink that gave up is noticed while nothing is computed
 
 
@@ -28,15 +31,37 @@ class Finish(IntEnum):
     FAILED = 4
 
 
+class GrammarKind(StrEnum):
+    """How a Grammar's text is to be read."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the generated text has to keep to: a JSON Schema (as JSON text) or a regular expression."""
+
+    kind: GrammarKind
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """temperature 0 is greedy; top_p 1 and top_k 0 mean no such limit."""
+    """temperature 0 is greedy; top_p 1, top_k 0, min_p 0, penalties 1, 0 and 0 mean no such limit. Seeds are
+    used with a temperature only."""
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field: the engine itself would only say that it cannot go on."""
@@ -45,10 +70,14 @@ class Sampling:
                 raise ValueError(f"{name}: a whole number is needed")
         rules = {
             "max_tokens: 1 or more": self.max_tokens >= 1,
-            "temperature: 0 to 2": 0 <= self.temperature <= 2,
+            "temperature: 0 to 2": 0 <= self.temperature <= MAX_TEMPERATURE,
             "top_p: above 0, at most 1": 0 < self.top_p <= 1,
             f"top_k: 0 to {MAX_TOP_K}": 0 <= self.top_k <= MAX_TOP_K,
             "seed: 0 to 2^64 - 1": 0 <= self.seed < 2**64,
+            "min_p: 0 to 1": 0 <= self.min_p <= 1,
+            "repetition_penalty: above 0, at most 2": 0 < self.repetition_penalty <= MAX_REPETITION_PENALTY,
+            "presence_penalty: -2 to 2": abs(self.presence_penalty) <= MAX_PENALTY,
+            "frequency_penalty: -2 to 2": abs(self.frequency_penalty) <= MAX_PENALTY,
         }
         for rule, holds in rules.items():
             if not holds:

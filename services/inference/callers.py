@@ -1,0 +1,46 @@
+"""Who asks, how urgently and until when: what of a request decides about its place in the queue."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+from services.core.interceptors import Context
+
+CLIENT_HEADER = "x-lingqu-client"
+
+
+class Priority(IntEnum):
+    """Who is served first; the numbers are those of inference.proto."""
+
+    INTERACTIVE = 1
+    NORMAL = 2
+    BATCH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """`client` is the name in the key, as the gateway has verified it; empty for who came without a gateway.
+    `deadline` is a time of time.monotonic(), None where the caller set none."""
+
+    client: str = ""
+    priority: Priority = Priority.NORMAL
+    deadline: float | None = None
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that are left; 0 when there are none."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+
+def caller(context: Context, priority: int) -> Caller:
+    """The caller of an RPC. An unknown priority is the normal one, as an unset one is."""
+    metadata: Mapping[str, object] = dict(context.invocation_metadata() or ())
+    left = context.time_remaining()
+    return Caller(
+        client=str(metadata.get(CLIENT_HEADER, ""))[:128],
+        priority=Priority(priority) if priority in Priority.__members__.values() else Priority.NORMAL,
+        deadline=None if left is None else time.monotonic() + left,
+    )
