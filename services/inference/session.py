@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 
 from services.core.discovery import VersionKey
-from services.core.errors import BackendUnavailable, LingquError, QueueFull
+from services.core.errors import BackendUnavailable, InvalidInput, LingquError, QueueFull
 from services.inference.backends import wire
 from services.inference.backends.engine import Finish, Job, Sampling
 from services.inference.triton import Triton, command_request
@@ -30,6 +30,7 @@ class Step:
 
     tokens: tuple[int, ...]
     finish: Finish
+    logprobs: tuple[float, ...] = ()
 
 
 class Session:
@@ -80,6 +81,11 @@ class Session:
                     finished = True
                     raise step
                 finished = step.finish != Finish.NONE
+                if step.finish == Finish.REFUSED:
+                    raise InvalidInput(
+                        "max_tokens",
+                        f"the engine of {self._key} cannot hold prompt and answer in its KV cache",
+                    )
                 if step.finish == Finish.FAILED:
                     raise BackendUnavailable(f"the engine of {self._key} could not go on with the request")
                 yield step
@@ -123,18 +129,22 @@ class Session:
             return
         if not response.raw_output_contents:
             return
-        rows = np.frombuffer(response.raw_output_contents[0], np.int32).reshape(-1, 3).tolist()
+        rows = np.frombuffer(response.raw_output_contents[0], np.int32).reshape(-1, wire.COLUMNS).tolist()
         tokens: dict[int, list[int]] = {}
+        logprobs: dict[int, list[float]] = {}
         ended: dict[int, Finish] = {}
-        for key, token, finish in rows:
+        for key, token, finish, bits in rows:
             tokens.setdefault(key, [])
             if token != wire.NO_TOKEN:
                 tokens[key].append(token)
+                if bits:
+                    logprobs.setdefault(key, []).append(wire.logprob(bits))
             if finish:
                 ended[key] = Finish(finish)
         for key, new in tokens.items():
             if (steps := self._waiting.get(key)) is not None:
-                steps.put_nowait(Step(tuple(new), ended.get(key, Finish.NONE)))
+                told = tuple(logprobs.get(key, ()))
+                steps.put_nowait(Step(tuple(new), ended.get(key, Finish.NONE), told))
 
 
 def _merged(first: Step | LingquError, more: asyncio.Queue[Step | LingquError]) -> Step | LingquError:
@@ -143,5 +153,5 @@ def _merged(first: Step | LingquError, more: asyncio.Queue[Step | LingquError]) 
         following = more.get_nowait()
         if isinstance(following, LingquError):
             return following
-        first = Step(first.tokens + following.tokens, following.finish)
+        first = Step(first.tokens + following.tokens, following.finish, first.logprobs + following.logprobs)
     return first

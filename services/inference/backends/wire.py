@@ -10,21 +10,42 @@ may send tensors to the model, but only inference may speak for many clients.
     {"op": "cancel", "id": "…", "key": 7}          both answered once, empty or with an error
     {"op": "stats", "id": ""}                      answered by `text_output`: engine.Counts as JSON
 
-`step` is INT32 [n, 3]: rows of (key, token id or NO_TOKEN, Finish).
+`step` is INT32 [n, 4]: rows of (key, token id or NO_TOKEN, Finish, bits of the FP32 log-probability). Without
+rows it says that the engine works.
 """
 
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from services.inference.backends.engine import Job, Sampling
+from services.inference.backends.engine import Finish, Grammar, GrammarKind, Job, Sampling
 
 SESSION = "session"
 STEP = "step"
+COLUMNS = 4
 NO_TOKEN = -1
 MAX_KEY = 2**31 - 1  # `step` is INT32
+
+Row: TypeAlias = tuple[int, int, int, int]
+_FLOAT, _INT = struct.Struct("<f"), struct.Struct("<i")
+
+
+def rows(key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[float]) -> Iterator[Row]:
+    """What a step made for one sequence."""
+    for index, token in enumerate(tokens):
+        bits = _INT.unpack(_FLOAT.pack(logprobs[index]))[0] if logprobs else 0
+        yield key, token, Finish.NONE, bits
+    if finish:
+        yield key, NO_TOKEN, finish, 0
+
+
+def logprob(bits: int) -> float:
+    """The number that `rows` has put into a row."""
+    return float(_FLOAT.unpack(_INT.pack(bits))[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +84,14 @@ def load(raw: bytes) -> Command:
             raise ValueError(f"key: 0 to {MAX_KEY}")
         job = None
         if op == "submit":
-            job = Job(key, [int(i) for i in body["input_ids"]], Sampling(**body["sampling"]))
+            job = Job(key, [int(i) for i in body["input_ids"]], _sampling(body["sampling"]))
         return Command(op, session, secret, key, job, str(body.get("traceparent", "")))
     except (KeyError, TypeError, AttributeError, OverflowError) as err:
         raise ValueError(f"not a session command: {err!r}") from err
+
+
+def _sampling(body: dict[str, Any]) -> Sampling:
+    grammar = body.pop("grammar", None)
+    if grammar is not None:
+        grammar = Grammar(GrammarKind(grammar["kind"]), str(grammar["text"]))
+    return Sampling(**body, grammar=grammar)
