@@ -14,7 +14,7 @@ from services.inference.artifact import Manifest
 from services.inference.requirements import Machine, unmet
 
 STORE = Path(sys.prefix) / "share" / "lingqu" / "artifacts"
-INDEX = "bundled-2.json"  # another name when manifests say more, so that older code keeps finding its own
+INDEX = "bundled-3.json"  # another name when manifests say more, so that older code keeps finding its own
 TEXT_MODEL = "smollm2-135m-instruct"
 VECTOR_MODEL = "minilm-l6-v2"
 

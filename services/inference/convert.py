@@ -78,7 +78,7 @@ def to_generate_job(request: pb.GenerateRequest) -> GenerateJob:
         temperature=_number("temperature", request.temperature, 0.0, MAX_TEMPERATURE),
         top_p=top_p,
         top_k=request.top_k,
-        min_p=_number("min_p", request.min_p, 0.0, 1.0),
+        min_p=_number("min_p", request.min_p, 0.0, 1.0, below=True),
         repetition_penalty=repetition,
         presence_penalty=_number("presence_penalty", request.presence_penalty, -MAX_PENALTY, MAX_PENALTY),
         frequency_penalty=_number("frequency_penalty", request.frequency_penalty, -MAX_PENALTY, MAX_PENALTY),
@@ -261,9 +261,11 @@ def _text(field: str, text: str) -> int:
     return size
 
 
-def _number(field: str, value: float, low: float, high: float) -> float:
-    if math.isnan(value) or not low <= value <= high:
-        raise InvalidInput(field, f"{value:g}, but must be {low:g} to {high:g}")
+def _number(field: str, value: float, low: float, high: float, *, below: bool = False) -> float:
+    """`below`: `high` itself is too much."""
+    if math.isnan(value) or not low <= value <= high or (below and value == high):
+        limits = f"at least {low:g} and below {high:g}" if below else f"{low:g} to {high:g}"
+        raise InvalidInput(field, f"{value:g}, but must be {limits}")
     return value
 
 

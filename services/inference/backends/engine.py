@@ -83,7 +83,7 @@ class Sampling:
             "top_p: above 0, at most 1": 0 < self.top_p <= 1,
             f"top_k: 0 to {MAX_TOP_K}": 0 <= self.top_k <= MAX_TOP_K,
             "seed: 0 to 2^64 - 1": 0 <= self.seed < 2**64,
-            "min_p: 0 to 1": 0 <= self.min_p <= 1,
+            "min_p: 0 to below 1": 0 <= self.min_p < 1,
             "repetition_penalty: above 0, at most 2": 0 < self.repetition_penalty <= MAX_REPETITION_PENALTY,
             "presence_penalty: -2 to 2": abs(self.presence_penalty) <= MAX_PENALTY,
             "frequency_penalty: -2 to 2": abs(self.frequency_penalty) <= MAX_PENALTY,
