@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 
 from services.core.discovery import VersionKey
 from services.core.errors import BackendUnavailable, InvalidInput, LingquError, QueueFull
@@ -45,13 +46,14 @@ class Session:
         self._next = 1
         self._outgoing: asyncio.Queue[wire.Command] = asyncio.Queue()
         self._waiting: dict[int, asyncio.Queue[Step | LingquError]] = {}
+        self._scores: dict[int, asyncio.Future[npt.NDArray[np.float32]]] = {}
         self.lost = asyncio.Event()
         self._outgoing.put_nowait(wire.Command("open", self._id, secret))
         self._reader = asyncio.create_task(self._read(), name=f"session {key}")
 
     @property
     def in_flight(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._scores)
 
     async def close(self) -> None:
         self._reader.cancel()
@@ -94,6 +96,26 @@ class Session:
             if not finished:
                 self._outgoing.put_nowait(wire.Command("cancel", self._id, self._secret, key))
 
+    async def score(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """FP32 [tokens - 1]: log-probability of each token but the first.
+
+        Raises BackendUnavailable, QueueFull."""
+        if self.lost.is_set():
+            raise BackendUnavailable(f"{self._key} is being loaded again")
+        if len(self._scores) >= self._max:
+            raise QueueFull(f"{self._max} texts for {self._key} are being scored already")
+        key, self._next = self._next, self._next + 1
+        found = self._scores[key] = asyncio.get_running_loop().create_future()
+        job = Job(key, ids, Sampling(max_tokens=1))
+        self._outgoing.put_nowait(wire.Command("score", self._id, self._secret, key, job))
+        try:
+            logprobs: npt.NDArray[np.float32] = await found
+            return logprobs
+        finally:
+            del self._scores[key]
+            if not found.done() or found.cancelled():
+                self._outgoing.put_nowait(wire.Command("cancel", self._id, self._secret, key))
+
     async def _requests(self) -> AsyncGenerator[Any, None]:
         while True:
             command = await self._outgoing.get()
@@ -117,9 +139,19 @@ class Session:
             self.lost.set()
             for steps in self._waiting.values():
                 steps.put_nowait(BackendUnavailable(f"{self._key}: {reason}; try again"))
+            for score in self._scores.values():
+                if not score.done():
+                    score.set_exception(BackendUnavailable(f"{self._key}: {reason}; try again"))
 
     def _on_answer(self, answer: Any) -> None:
         response = answer.infer_response
+        if response.id != OPEN_ID and (score := self._scores.get(int(response.id or 0))) is not None:
+            if not score.done():
+                if answer.error_message:
+                    score.set_exception(LingquError(f"{self._key}: {answer.error_message}"))
+                elif response.raw_output_contents:
+                    score.set_result(np.frombuffer(response.raw_output_contents[0], np.float32))
+            return
         if answer.error_message:
             if response.id == OPEN_ID:
                 log.error("session of %s refused: %s", self._key, answer.error_message)

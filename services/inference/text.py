@@ -77,6 +77,14 @@ class Delta:
     cached: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The scored tokens of a text, and how many were read, prefix included."""
+
+    tokens: tuple[Logprob, ...]
+    read: int
+
+
 class TextModel:
     """One version of a text model in one Triton."""
 
@@ -142,6 +150,30 @@ class TextModel:
             Logprob(token, token_bytes(self._tokenizer, token), logprob)
             for token, logprob in zip(step.tokens, step.logprobs, strict=False)
         )
+
+    async def score(self, texts: Sequence[str], prefix: str = "") -> list[Scored]:
+        """Each text behind `prefix`, one after the other. Raises InvalidInput naming the text, and what
+        Session.score raises."""
+        found = []
+        for index, text in enumerate(texts):
+            whole = prefix + text
+            encoding = await unblocked(len(whole), lambda whole=whole: self._tokenizer.encode(whole))  # type: ignore[misc]
+            ids: list[int] = encoding.ids
+            if len(ids) > self._spec.context_tokens:
+                raise InvalidInput(
+                    f"inputs[{index}]",
+                    f"{len(ids)} tokens with its prefix, but the context has {self._spec.context_tokens}",
+                )
+            # The first token that reaches into the text; the very first has nothing that predicts it.
+            begin = next((i for i, (_, end) in enumerate(encoding.offsets) if end > len(prefix)), len(ids))
+            begin = max(1, begin)
+            logprobs = (await self.session.score(ids))[begin - 1 :] if len(ids) > begin else ()
+            tokens = tuple(
+                Logprob(token, token_bytes(self._tokenizer, token), float(logprob))
+                for token, logprob in zip(ids[begin:], logprobs, strict=True)
+            )
+            found.append(Scored(tokens, len(ids)))
+        return found
 
     async def _check(self, grammar: Grammar) -> None:
         """Raises InvalidInput."""

@@ -24,6 +24,7 @@ from services.inference.artifact import Manifest, TextSpec
 from services.inference.backends import wire
 from services.inference.backends.engine import Engine, Job, Sampling, Sink
 from services.inference.backends.openvino_text import OpenVinoText
+from services.inference.backends.score import Logprobs, Scorer
 from services.inference.backends.sinks import FINAL, RequestSink, SessionSink
 from services.inference.backends.spans import EngineSpans, forwarded_traceparent
 from services.inference.tokens import Detokenizer
@@ -48,9 +49,13 @@ class TritonPythonModel:
         cache, most = int(parameters["kv_cache_gib"]), int(parameters["max_sequences"])
         self._engine = Engine(lambda: OpenVinoText(folder, spec, cache, most), pb_utils.Logger.log_error)
         self._sessions: dict[str, SessionSink] = {}
+        self._folder = folder
+        self._scorer: Scorer | None = None  # with the first text to score
 
     def finalize(self) -> None:
         self._engine.close()
+        if self._scorer is not None:
+            self._scorer.close()
         self._spans.close()
 
     def execute(self, requests: list[Any]) -> None:
@@ -82,11 +87,37 @@ class TritonPythonModel:
             self._check(command.job)
             sink.begin(command.key, command.traceparent, len(command.job.input_ids))
             self._submit(command.job, sink)
+        elif command.op == "score" and command.job is not None:
+            self._score(command.job, sender)
+            return
         elif command.op == "cancel":
             self._engine.cancel(sink, command.key)
+            if self._scorer is not None:
+                self._scorer.cancel(command.key)
         else:
             raise ValueError(f'unknown command "{command.op}"')
         sender.send(flags=FINAL)
+
+    def _score(self, job: Job, sender: Any) -> None:
+        self._check_ids(job)
+        if not 2 <= len(job.input_ids) <= self._spec.context_tokens:
+            raise ValueError(f"a text to score has 2 to {self._spec.context_tokens} tokens")
+        if self._scorer is None:
+            if Path(self._spec.weights).suffix != ".xml":
+                raise ValueError("texts are scored with OpenVINO models only: publish the model as one")
+            self._scorer = Scorer(self._folder / self._spec.weights)
+
+        def done(logprobs: Logprobs | None, why: str) -> None:
+            if logprobs is None:
+                answer = pb_utils.InferenceResponse(error=pb_utils.TritonError(why))
+            else:
+                answer = pb_utils.InferenceResponse([pb_utils.Tensor(wire.LOGPROBS, logprobs)])
+            sender.send(answer, flags=FINAL)
+
+        try:
+            self._scorer.submit(job.key, job.input_ids, done)
+        except queue.Full as err:
+            raise ValueError("too many texts wait to be scored; try again later") from err
 
     def _on_plain(self, request: Any, sender: Any) -> None:
         text = _string(request, "text_input")
@@ -99,16 +130,20 @@ class TritonPythonModel:
         self._submit(job, RequestSink(sender, Detokenizer(self._tokenizer), span))
 
     def _check(self, job: Job) -> None:
-        """Raises ValueError. The engine itself would compute nonsense for a token it does not know."""
-        if not job.input_ids:
-            raise ValueError("the prompt is empty")
-        if min(job.input_ids) < 0 or max(job.input_ids) >= self._spec.vocabulary:
-            raise ValueError(f"token ids are 0 to {self._spec.vocabulary - 1}")
+        """Raises ValueError."""
+        self._check_ids(job)
         if len(job.input_ids) + job.sampling.max_tokens > self._spec.context_tokens:
             raise ValueError(
                 f"prompt ({len(job.input_ids)} tokens) and max_tokens ({job.sampling.max_tokens}) "
                 f"exceed the context of {self._spec.context_tokens} tokens"
             )
+
+    def _check_ids(self, job: Job) -> None:
+        """Raises ValueError. The engine itself would compute nonsense for a token it does not know."""
+        if not job.input_ids:
+            raise ValueError("the prompt is empty")
+        if min(job.input_ids) < 0 or max(job.input_ids) >= self._spec.vocabulary:
+            raise ValueError(f"token ids are 0 to {self._spec.vocabulary - 1}")
 
     def _submit(self, job: Job, sink: Sink) -> None:
         try:

@@ -8,6 +8,7 @@ may send tensors to the model, but only inference may speak for many clients.
     {"op": "open", "id": "…"}                      answered by `step` tensors until the stream ends
     {"op": "submit", "id": "…", "key": 7, "input_ids": […], "sampling": {…}, "traceparent": "00-…"}
     {"op": "cancel", "id": "…", "key": 7}          both answered once, empty or with an error
+    {"op": "score", "id": "…", "key": 8, "input_ids": […]}    answered once by `logprobs`, FP32 [tokens - 1]
     {"op": "stats", "id": ""}                      answered by `text_output`: engine.Counts as JSON
 
 `step` is INT32 [n, 4]: rows of (key, token id or NO_TOKEN, Finish, bits of the FP32 log-probability). Without
@@ -26,6 +27,7 @@ from services.inference.backends.engine import Finish, Grammar, GrammarKind, Job
 
 SESSION = "session"
 STEP = "step"
+LOGPROBS = "logprobs"
 COLUMNS = 4
 NO_TOKEN = -1
 MAX_KEY = 2**31 - 1  # `step` is INT32
@@ -50,7 +52,7 @@ def logprob(bits: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One of the requests above; `job` is set for a submit."""
+    """One of the requests above; `job` is set for a submit and a score."""
 
     op: str
     session: str
@@ -69,8 +71,9 @@ def dump(command: Command) -> bytes:
     }
     if command.job is not None:
         body["input_ids"] = list(command.job.input_ids)
-        body["sampling"] = asdict(command.job.sampling)
-        body["traceparent"] = command.traceparent
+        if command.op == "submit":
+            body["sampling"] = asdict(command.job.sampling)
+            body["traceparent"] = command.traceparent
     return json.dumps(body, separators=(",", ":")).encode()
 
 
@@ -83,8 +86,9 @@ def load(raw: bytes) -> Command:
         if not 0 <= key <= MAX_KEY:
             raise ValueError(f"key: 0 to {MAX_KEY}")
         job = None
-        if op == "submit":
-            job = Job(key, [int(i) for i in body["input_ids"]], _sampling(body["sampling"]))
+        if op in ("submit", "score"):
+            sampling = _sampling(body["sampling"]) if op == "submit" else Sampling(max_tokens=1)
+            job = Job(key, [int(i) for i in body["input_ids"]], sampling)
         return Command(op, session, secret, key, job, str(body.get("traceparent", "")))
     except (KeyError, TypeError, AttributeError, OverflowError) as err:
         raise ValueError(f"not a session command: {err!r}") from err
