@@ -163,13 +163,20 @@ class _Running:
 
 
 class Engine:
-    """Owns the thread that steps the runtime. `open_runtime` makes one; its errors are the constructor's."""
+    """Owns the thread that steps the runtime. `open_runtime` makes one; its errors are the constructor's.
+    `flush` is called when sinks have been told of all of a step."""
 
-    def __init__(self, open_runtime: Callable[[], Runtime], log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        open_runtime: Callable[[], Runtime],
+        log: Callable[[str], None],
+        flush: Callable[[], None] = lambda: None,
+    ) -> None:
         self.counts = Counts()
         self._open = open_runtime
         self._runtime = open_runtime()
         self._log = log
+        self._flush = flush
         self._commands: queue.Queue[tuple[str, Any]] = queue.Queue(MAX_PENDING)
         self._running: dict[int, _Running] = {}
         self._slices = Slices()
@@ -226,6 +233,7 @@ class Engine:
             self._alive_at = now
             for sink in self._sinks():
                 sink.alive()
+        self._flush()
 
     def _take_commands(self) -> None:
         """All that wait; blocks a little while there is nothing to compute."""
@@ -240,6 +248,7 @@ class Engine:
             return
 
     def _obey(self, verb: str, argument: Any) -> None:
+        """Submit or cancel; whoever is told of something at once is told now."""
         if verb == "submit":
             job, sink = argument
             number = self._new_number()
@@ -254,6 +263,7 @@ class Engine:
                 if running.sink is sink and running.job.key == key:
                     self._end(number, Finish.CANCELLED)
                     sink.step_done(len(self._running))
+                    self._flush()
 
     def _new_number(self) -> int:
         number, self._next_id = self._next_id, self._next_id + 1
@@ -269,6 +279,7 @@ class Engine:
             del self._running[number]
             running.sink.emit(running.job.key, (), Finish.REFUSED)
             running.sink.step_done(len(self._running))
+            self._flush()
 
     def _feed_slice(self) -> None:
         """The next part of a long prompt, if one is due: as a sequence of its own that makes one token, which
@@ -354,6 +365,7 @@ class Engine:
                 sink.step_done(0)
             except Exception as err:
                 self._log(f"a sink could not be told of failures: {err!r}")
+        self._flush()
 
     def _reopen(self) -> None:
         """Until it works or the engine is closed. What is asked meanwhile waits, up to MAX_PENDING."""

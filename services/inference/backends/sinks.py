@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,74 +12,91 @@ import triton_python_backend_utils as pb_utils
 
 from services.inference.backends import wire
 from services.inference.backends.engine import Finish
+from services.inference.backends.outbox import Outbox, Postable
 from services.inference.backends.spans import EngineSpan, EngineSpans
 from services.inference.tokens import Detokenizer
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-# With more sequences than this, a step's tokens wait for the next step's: the messages of a large batch
-# would otherwise take the cores from the engine. First and last tokens never wait.
-COALESCE_ABOVE = 16
+GONE_S = 0.2  # how often Triton is asked whether anybody reads: asking costs a round to its process
 REFUSALS = {
     Finish.FAILED: "the engine could not go on with this sequence; try again",
     Finish.REFUSED: "the engine refuses this sequence: a setting, or more than its KV cache can hold",
 }
 
 
-class SessionSink:
+class _Sink(Postable):
+    """A request of Triton's whose answers go through the outbox."""
+
+    def __init__(self, sender: Any, outbox: Outbox) -> None:
+        self._sender = sender
+        self._outbox = outbox
+        self._lock = threading.Lock()  # what is emitted on the engine's thread is taken on the outbox's
+        self._asked_at = 0.0
+        self._is_gone = False
+
+    def gone(self) -> bool:
+        now = time.monotonic()
+        if not self._is_gone and now >= self._asked_at + GONE_S:
+            self._asked_at = now
+            self._is_gone = bool(self._sender.is_cancelled())
+        return self._is_gone
+
+    def send(self, response: Any, flags: int) -> None:
+        if response is None:
+            self._sender.send(flags=flags)
+        else:
+            self._sender.send(response, flags=flags)
+
+    def failed(self) -> None:
+        self._is_gone = True
+
+    def step_done(self, running: int) -> None:
+        self._outbox.add(self)
+
+
+class SessionSink(_Sink):
     """All sequences of one inference process: one message a step."""
 
-    def __init__(self, sender: Any, spans: EngineSpans) -> None:
-        self._sender = sender
+    def __init__(self, sender: Any, outbox: Outbox, spans: EngineSpans) -> None:
+        super().__init__(sender, outbox)
         self._spans = spans
         self._open: dict[int, EngineSpan] = {}
         self._rows: list[wire.Row] = []
-        self._held_steps = 0
-        self._urgent = False
 
     def begin(self, key: int, traceparent: str, prompt_tokens: int) -> None:
         self._open[key] = self._spans.start(traceparent, prompt_tokens)
-
-    def gone(self) -> bool:
-        return bool(self._sender.is_cancelled())
 
     def emit(self, key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[float] = ()) -> None:
         span = self._open.get(key)
         if span is None:
             return
-        self._urgent |= bool(finish) or not span.tokens
         span.add(len(tokens))
-        self._rows += wire.rows(key, tokens, finish, logprobs)
+        with self._lock:
+            self._rows += wire.rows(key, tokens, finish, logprobs)
         if finish:
             del self._open[key]
             span.end(finish)
 
-    def step_done(self, running: int) -> None:
-        self._held_steps += 1
-        if running > COALESCE_ABOVE and self._held_steps < 2 and not self._urgent:
-            return
-        rows, self._rows, self._held_steps, self._urgent = self._rows, [], 0, False
-        if rows and not self.gone():
-            self._send(rows)
-
     def alive(self) -> None:
-        if not self.gone():
-            self._send([])
+        self._outbox.add(self)  # an empty message, if there is nothing to say
 
-    def _send(self, rows: list[wire.Row]) -> None:
-        step = pb_utils.Tensor(wire.STEP, np.array(rows, dtype=np.int32).reshape(-1, wire.COLUMNS))
-        self._sender.send(pb_utils.InferenceResponse([step]))
+    def take(self) -> list[tuple[Any, int]]:
+        with self._lock:
+            rows, self._rows = self._rows, []
+        step = np.array(rows, dtype=np.int32).reshape(-1, wire.COLUMNS)
+        return [(pb_utils.InferenceResponse([pb_utils.Tensor(wire.STEP, step)]), 0)]
 
 
-class RequestSink:
+class RequestSink(_Sink):
     """One sequence of a plain request: a response a step, with the text that became whole."""
 
-    def __init__(self, sender: Any, detokenizer: Detokenizer, span: EngineSpan) -> None:
-        self._sender = sender
+    def __init__(self, sender: Any, outbox: Outbox, detokenizer: Detokenizer, span: EngineSpan) -> None:
+        super().__init__(sender, outbox)
         self._detokenizer = detokenizer
         self._span = span
-
-    def gone(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        self._text = ""
+        self._tokens: list[int] = []
+        self._finish = Finish.NONE
 
     def emit(self, key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[float] = ()) -> None:
         self._span.add(len(tokens))
@@ -85,21 +104,28 @@ class RequestSink:
         if finish:
             text += self._detokenizer.finish()
             self._span.end(finish)
+        with self._lock:
+            self._text += text
+            self._tokens += tokens
+            self._finish = finish
+
+    def alive(self) -> None:
+        """Nobody asks."""
+
+    def take(self) -> list[tuple[Any, int]]:
+        with self._lock:
+            text, tokens, finish = self._text, self._tokens, self._finish
+            self._text, self._tokens, self._finish = "", [], Finish.NONE
         if finish in REFUSALS:
             error = pb_utils.TritonError(REFUSALS[finish])
-            self._sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
-            return
+            return [(pb_utils.InferenceResponse(error=error), FINAL)]
+        messages: list[tuple[Any, int]] = []
         if tokens:
             outputs = [
                 pb_utils.Tensor("text_output", np.array([text.encode()], dtype=np.object_)),
                 pb_utils.Tensor("output_ids", np.array(tokens, dtype=np.int32)),
             ]
-            self._sender.send(pb_utils.InferenceResponse(outputs))
+            messages.append((pb_utils.InferenceResponse(outputs), 0))
         if finish:
-            self._sender.send(flags=FINAL)
-
-    def step_done(self, running: int) -> None:
-        """Nothing is held back."""
-
-    def alive(self) -> None:
-        """Nobody asks."""
+            messages.append((None, FINAL))
+        return messages

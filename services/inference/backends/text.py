@@ -24,6 +24,7 @@ from services.inference.artifact import Manifest, TextSpec
 from services.inference.backends import wire
 from services.inference.backends.engine import Engine, Job, Sampling, Sink
 from services.inference.backends.openvino_text import OpenVinoText
+from services.inference.backends.outbox import Outbox
 from services.inference.backends.score import Logprobs, Scorer
 from services.inference.backends.sinks import FINAL, RequestSink, SessionSink
 from services.inference.backends.spans import EngineSpans, forwarded_traceparent
@@ -47,13 +48,17 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._spans = EngineSpans(parameters.get("otlp_endpoint", ""), config["name"])
         cache, most = int(parameters["kv_cache_gib"]), int(parameters["max_sequences"])
-        self._engine = Engine(lambda: OpenVinoText(folder, spec, cache, most), pb_utils.Logger.log_error)
+        self._outbox = Outbox()
+        self._engine = Engine(
+            lambda: OpenVinoText(folder, spec, cache, most), pb_utils.Logger.log_error, self._outbox.flush
+        )
         self._sessions: dict[str, SessionSink] = {}
         self._folder = folder
         self._scorer: Scorer | None = None  # with the first text to score
 
     def finalize(self) -> None:
         self._engine.close()
+        self._outbox.close()
         if self._scorer is not None:
             self._scorer.close()
         self._spans.close()
@@ -75,7 +80,7 @@ class TritonPythonModel:
             raise ValueError('"session" is for the inference service: send "text_input"')
         if command.op == "open":
             self._sessions = {name: sink for name, sink in self._sessions.items() if not sink.gone()}
-            self._sessions[command.session] = SessionSink(sender, self._spans)
+            self._sessions[command.session] = SessionSink(sender, self._outbox, self._spans)
             return
         if command.op == "stats":
             sender.send(_text_response(json.dumps(asdict(self._engine.counts))), flags=FINAL)
@@ -127,7 +132,7 @@ class TritonPythonModel:
         self._check(job)
         traceparent = forwarded_traceparent(request.parameters())
         span = self._spans.start(traceparent, len(job.input_ids))
-        self._submit(job, RequestSink(sender, Detokenizer(self._tokenizer), span))
+        self._submit(job, RequestSink(sender, self._outbox, Detokenizer(self._tokenizer), span))
 
     def _check(self, job: Job) -> None:
         """Raises ValueError."""
