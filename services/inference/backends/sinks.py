@@ -17,7 +17,7 @@ from services.inference.backends.spans import EngineSpan, EngineSpans
 from services.inference.tokens import Detokenizer
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-GONE_S = 0.2  # how often Triton is asked whether anybody reads: asking costs a round to its process
+GONE_S = 0.2  # how often Triton is asked, with a message, whether anybody reads: it costs another round
 REFUSALS = {
     Finish.FAILED: "the engine could not go on with this sequence; try again",
     Finish.REFUSED: "the engine refuses this sequence: a setting, or more than its KV cache can hold",
@@ -31,14 +31,10 @@ class _Sink(Postable):
         self._sender = sender
         self._outbox = outbox
         self._lock = threading.Lock()  # what is emitted on the engine's thread is taken on the outbox's
-        self._asked_at = 0.0
+        self._asked_at = time.monotonic()
         self._is_gone = False
 
     def gone(self) -> bool:
-        now = time.monotonic()
-        if not self._is_gone and now >= self._asked_at + GONE_S:
-            self._asked_at = now
-            self._is_gone = bool(self._sender.is_cancelled())
         return self._is_gone
 
     def send(self, response: Any, flags: int) -> None:
@@ -46,6 +42,10 @@ class _Sink(Postable):
             self._sender.send(flags=flags)
         else:
             self._sender.send(response, flags=flags)
+        now = time.monotonic()
+        if now >= self._asked_at + GONE_S and not flags:
+            self._asked_at = now
+            self._is_gone = bool(self._sender.is_cancelled())
 
     def failed(self) -> None:
         self._is_gone = True
@@ -110,7 +110,7 @@ class RequestSink(_Sink):
             self._finish = finish
 
     def alive(self) -> None:
-        """Nobody asks."""
+        self._outbox.add(self)  # whether anybody reads is asked with the next message, even an empty one
 
     def take(self) -> list[tuple[Any, int]]:
         with self._lock:
@@ -120,7 +120,7 @@ class RequestSink(_Sink):
             error = pb_utils.TritonError(REFUSALS[finish])
             return [(pb_utils.InferenceResponse(error=error), FINAL)]
         messages: list[tuple[Any, int]] = []
-        if tokens:
+        if tokens or not finish:
             outputs = [
                 pb_utils.Tensor("text_output", np.array([text.encode()], dtype=np.object_)),
                 pb_utils.Tensor("output_ids", np.array(tokens, dtype=np.int32)),
