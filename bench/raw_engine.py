@@ -1,10 +1,11 @@
 """The reference for the text path: the engine's own loop, without a server around it.
 
-Run as `python -m bench.raw_engine ARTIFACT`; reads {"prompts": […], "max_tokens": n} a line, answers with
-tokens per second, the delay of every stream's first token in ms, and the number of tokens."""
+Run as `python -m bench.raw_engine ARTIFACT`; reads {"prompts": […], "max_tokens": n} a line, answers as
+bench/stream_client.py does."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -45,18 +46,24 @@ def _run(pipeline: Any, prompts: list[list[int]], config: Any) -> dict[str, Any]
         pipeline.add_request(number, openvino.Tensor(np.array([ids], dtype=np.int64)), config)
         for number, ids in enumerate(prompts)
     ]
-    firsts: dict[int, float] = {}
+    times: list[list[float]] = [[] for _ in handles]
     tokens = 0
     while pipeline.has_non_finished_requests():
         pipeline.step()
+        now = time.perf_counter()
         for number, handle in enumerate(handles):
+            made = 0
             while handle.can_read():
-                made = sum(len(o.generated_ids) for o in handle.read().values())
-                if made and number not in firsts:
-                    firsts[number] = (time.perf_counter() - begun) * 1000
+                made += sum(len(o.generated_ids) for o in handle.read().values())
+            if made:
+                times[number].append(now)
                 tokens += made
-    seconds = time.perf_counter() - begun
-    return {"rate": tokens / seconds, "first_ms": list(firsts.values()), "tokens": tokens}
+    return {
+        "seconds": time.perf_counter() - begun,
+        "tokens": tokens,
+        "first_ms": [(each[0] - begun) * 1000 for each in times],
+        "gaps_ms": [(b - a) * 1000 for each in times for a, b in itertools.pairwise(each)],
+    }
 
 
 if __name__ == "__main__":
