@@ -74,6 +74,14 @@ class Delta:
     cached: bool = False
 
 
+@dataclass(slots=True)
+class Tally:
+    """What a generation has read and made so far, for who has to know it of an answer that was cut short."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
 class TextModel:
     """One version of a text model in one Triton."""
 
@@ -88,17 +96,18 @@ class TextModel:
     async def close(self) -> None:
         await self.session.close()
 
-    async def generate(self, job: GenerateJob) -> AsyncGenerator[Delta, None]:
+    async def generate(self, job: GenerateJob, tally: Tally | None = None) -> AsyncGenerator[Delta, None]:
         """Deltas of whole characters; nothing behind a stop string. Leaving early stops the engine.
 
         Raises InvalidInput, QueueFull, BackendUnavailable."""
         prompt = await self._encode(job)
         sampling = self._sampling(job, len(prompt))
         detokenizer, stops = Detokenizer(self._tokenizer), StopFilter(job.stop)
-        produced = 0
+        tally = tally or Tally()
+        tally.prompt_tokens = len(prompt)
         async with aclosing(self.session.generate(prompt, sampling, current_traceparent())) as steps:
             async for step in steps:
-                produced += len(step.tokens)
+                tally.completion_tokens += len(step.tokens)
                 text = stops.push(detokenizer.push(step.tokens))
                 finish = Finish.STOP if stops.stopped else step.finish
                 if step.finish and not stops.stopped:
@@ -106,7 +115,7 @@ class TextModel:
                     finish = Finish.STOP if stops.stopped else step.finish
                     text += stops.finish()
                 if finish:
-                    yield Delta(text, finish, len(prompt), produced)
+                    yield Delta(text, finish, len(prompt), tally.completion_tokens)
                     return
                 if text:
                     yield Delta(text)
