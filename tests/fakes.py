@@ -26,10 +26,10 @@ class Run:
 
 @dataclass
 class FakeText(TextModel):
-    """Answers `max_tokens` words "0 ", "1 ", … a candidate. With `held` only as many as `go` lets through; with
-    `error` it fails instead of ending."""
+    """Answers `max_tokens` words "0 ", "1 ", … a candidate. With `held` only as many as `go` lets through;
+    with `error` it fails instead of ending."""
 
-    key: VersionKey = VersionKey("fake", 1)
+    key: VersionKey = field(default_factory=lambda: VersionKey("fake", 1))
     held: bool = False
     error: Exception | None = None
     runs: list[Run] = field(default_factory=list)

@@ -21,6 +21,10 @@ SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # By default gRPC cancels calls at random from 1000 on that it could not hand over yet: whom we refuse is
+    # to be told so, by InFlightLimit or by a queue.
+    ("grpc.server.max_pending_requests", 65_536),
+    ("grpc.server.max_pending_requests_hard_limit", 65_536),
 ]
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

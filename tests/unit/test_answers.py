@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_merged_pieces_say_the_same(pieces: list[tuple[int, str]], cuts: list[in
     deltas = [Delta(text, index=i, logprobs=(Logprob(at, b"", -1.0),)) for at, (i, text) in enumerate(pieces)]
     deltas += [Delta("!", Finish.STOP, index=i) for i in (2, 0)] + [Delta("", Finish.LENGTH, 5, 9, index=1)]
     bounds = [0, *sorted(min(c, len(deltas)) for c in cuts), len(deltas)]
-    got = [d for a, b in zip(bounds, bounds[1:], strict=False) if a < b for d in merged(deltas[a:b], cached)]
+    got = [d for a, b in itertools.pairwise(bounds) if a < b for d in merged(deltas[a:b], cached)]
     for index in range(3):
 
         def mine(of: list[Delta], index: int = index) -> Any:

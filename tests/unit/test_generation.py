@@ -418,7 +418,7 @@ async def test_a_run_waits_as_urgently_as_the_most_urgent_who_waits_for_it() -> 
 @settings(max_examples=30)
 @given(st.integers(0, 2**32))
 def test_whatever_callers_do_answers_are_whole_and_nothing_is_left(seed: int) -> None:
-    """Sixty callers of four questions: cancelled, late, slow, out of time, refused, and an engine that fails."""
+    """Sixty callers of four questions: cancelled, late, slow, out of time, refused, and a failing engine."""
 
     async def story() -> None:
         rng = random.Random(seed)
