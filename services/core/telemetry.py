@@ -33,7 +33,7 @@ def tracing(service: str, otlp_endpoint: str) -> Iterator[trace.Tracer]:
 
 
 @contextmanager
-def metering(service: str, otlp_endpoint: str, every_s: float = 10.0) -> Iterator[metrics.Meter]:
+def metering(service: str, otlp_endpoint: str, every_s: float = 5.0) -> Iterator[metrics.Meter]:
     """A meter that exports by OTLP/gRPC to `otlp_endpoint` ("host:port"), or, if that is empty, one that
     measures nothing."""
     if not otlp_endpoint:

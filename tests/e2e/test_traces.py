@@ -92,7 +92,7 @@ async def test_generate_is_one_trace(traced: Suite, collector: tuple[Collector, 
     trace, root, traceparent = new_context()
     metadata = (("authorization", f"Bearer {traced.key}"), ("traceparent", traceparent))
     async with grpc.aio.insecure_channel(traced.public) as channel:
-        request = pb.GenerateRequest(model=TEXT_MODEL, prompt="The canal", max_tokens=4)
+        request = pb.GenerateRequest(model=TEXT_MODEL, prompt="The canal", max_tokens=4, no_cache=True)
         call: Any = InferenceServiceStub(channel).StreamGenerate(request, metadata=metadata, timeout=20)
         while await call.read() is not grpc.aio.EOF:
             continue
@@ -132,7 +132,7 @@ async def test_what_the_caller_does_not_sample_is_not_exported(
         stub = InferenceServiceStub(channel)
         for traceparent in (unsampled, sampled):
             metadata = (("authorization", f"Bearer {traced.key}"), ("traceparent", traceparent))
-            request = pb.GenerateRequest(model=TEXT_MODEL, prompt="The canal", max_tokens=2)
+            request = pb.GenerateRequest(model=TEXT_MODEL, prompt="The canal", max_tokens=2, no_cache=True)
             await stub.Generate(request, metadata=metadata, timeout=20)
     await chain(collector[0], trace, root, 3)
     assert silent not in collector[0].traces
