@@ -53,6 +53,7 @@ class FairQueue:
         self._passes = dict.fromkeys(Priority, 0)
         self._now = 0  # the pass of whoever was served last
         self._of_client: Counter[str] = Counter()
+        self._lengths = dict.fromkeys(Priority, 0)
         self.taken = 0
         self.waiting = 0
 
@@ -67,7 +68,7 @@ class FairQueue:
 
     def length(self, priority: Priority) -> int:
         """How many tickets of a class wait."""
-        return sum(map(len, self._classes[priority].values()))
+        return self._lengths[priority]
 
     def arrive(self, ticket: Ticket) -> Ticket | None:
         """Queue a new ticket. Returns the one that has to go for it, which may be itself, or None. A ticket
@@ -134,6 +135,7 @@ class FairQueue:
         turns.setdefault(ticket.client, OrderedDict())[ticket] = None
         ticket.state = State.WAITING
         self._of_client[ticket.client] += 1
+        self._lengths[ticket.priority] += 1
         self.waiting += 1
 
     def _remove(self, ticket: Ticket) -> None:
@@ -141,6 +143,7 @@ class FairQueue:
         del turns[ticket.client][ticket]
         if not turns[ticket.client]:
             del turns[ticket.client]
+        self._lengths[ticket.priority] -= 1
         self._of_client[ticket.client] -= 1
         if not self._of_client[ticket.client]:
             del self._of_client[ticket.client]

@@ -132,33 +132,32 @@ class Figures:
             self.add(REQUESTS, key, priority=caller.priority.name.lower(), outcome=outcome)
 
     def gauge(self, name: str, values: Gauge) -> None:
-        """Ask `values` for labels and values of a gauge whenever it is read."""
+        """Ask `values` for labels and values of a gauge whenever it is read, from whatever thread."""
         self._gauges[name] = values
 
-    def snapshot(self) -> list[Figure]:
-        """Everything, counters first."""
+    def snapshot(self, only: str | None = None) -> list[Figure]:
+        """Everything, counters first, or all series of one figure. From any thread: what it reads
+        is copied in one go."""
         counters = [
             Figure(name, MappingProxyType({**_version(key), **dict(labels)}), value)
-            for key, found in self._counters.items()
-            for (name, labels), value in found.items()
+            for key, found in list(self._counters.items())
+            for (name, labels), value in list(found.items())
+            if only in (None, name)
         ]
         return counters + [
             Figure(name, MappingProxyType(dict(labels)), value)
-            for name, values in self._gauges.items()
+            for name, values in list(self._gauges.items())
+            if only in (None, name)
             for labels, value in values()
         ]
 
     def total(self, name: str, **labels: str) -> float:
         """The sum of all series of a figure that have these labels."""
-        return sum(
-            figure.value
-            for figure in self.snapshot()
-            if figure.name == name and labels.items() <= figure.labels.items()
-        )
+        return sum(figure.value for figure in self.snapshot(name) if labels.items() <= figure.labels.items())
 
     def _observer(self, name: str) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def observed(options: CallbackOptions) -> Iterable[Observation]:
-            return [Observation(f.value, f.labels) for f in self.snapshot() if f.name == name]
+            return [Observation(f.value, f.labels) for f in self.snapshot(name)]
 
         return observed
 
