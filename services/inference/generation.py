@@ -148,7 +148,7 @@ class Generation:
         if known.key is None or self._joinable.get(known.key) is not run:
             return
         del self._joinable[known.key]
-        if run.error is None and complete(run.deltas, known.n):
+        if complete(run.deltas, known.n):
             self._answers.put(known.key, run.deltas)
 
     def _settled(self, run: Run) -> None:

@@ -104,6 +104,14 @@ def test_a_full_queue_has_a_place_for_everybody() -> None:
     assert [t.state for t in greedy].count(State.WAITING) == 4
 
 
+def test_nobody_gives_way_to_somebody_who_would_then_have_more() -> None:
+    line = FairQueue(slots=1, queue=1)
+    enter(line, "x")
+    first = enter(line, "a")
+    assert enter(line, "b").state is State.GONE
+    assert first.state is State.WAITING
+
+
 def test_a_client_gives_up_its_own_batch_for_something_urgent() -> None:
     line = FairQueue(slots=1, queue=3)
     enter(line, "x")

@@ -399,7 +399,7 @@ async def test_stopping_ends_all_runs_and_tells_who_follows() -> None:
 async def test_a_run_waits_as_urgently_as_the_most_urgent_who_waits_for_it() -> None:
     desk = Desk(slots=1)
     desk.model.held = True
-    running = desk.asked(replace(JOB, prompt="running"))
+    running = desk.asked(replace(JOB, prompt="running"), Caller("b", Priority.BATCH))
     await turn()
     batch = desk.asked(caller=Caller("b", Priority.BATCH))
     normal = desk.asked(replace(JOB, prompt="normal"), Caller("n", Priority.NORMAL))
