@@ -15,7 +15,7 @@ from services.core.discovery import VersionKey
 from services.core.errors import DeadlinePassed, QueueFull
 from services.inference.callers import Caller, Priority
 from services.inference.fairqueue import FairQueue, Ticket
-from services.inference.figures import QUEUE_LENGTH, RUNNING, Figures, gauge_labels
+from services.inference.figures import QUEUE_LENGTH, RUNNING, Figures, Request, gauge_labels
 
 LEAST_RETRY_S = 0.1
 MOST_RETRY_S = 30.0
@@ -53,11 +53,11 @@ class Admission:
         figures.gauge(RUNNING, self._taken)
 
     @asynccontextmanager
-    async def request(self, key: VersionKey, caller: Caller) -> AsyncIterator[None]:
+    async def request(self, key: VersionKey, caller: Caller) -> AsyncIterator[Request]:
         """A request that takes one slot, counted by how it ends. Raises QueueFull or DeadlinePassed."""
-        with self._figures.request(key, caller):
+        with self._figures.request(key, caller) as request:
             async with self.slot(key, caller):
-                yield
+                yield request
 
     @asynccontextmanager
     async def slot(self, key: VersionKey, caller: Caller, n: int = 1) -> AsyncIterator[None]:

@@ -80,9 +80,11 @@ class Figure:
 
 @dataclass(slots=True)
 class Request:
-    """`complete`: the caller has been given everything, whatever becomes of the call now."""
+    """What is told of a request while it lasts. `complete`: the caller has been given everything, whatever
+    becomes of the call now. `prompt_tokens`: what was read for it, where no run counts that."""
 
     complete: bool = False
+    prompt_tokens: int = 0
 
 
 class Figures:
@@ -130,6 +132,8 @@ class Figures:
             raise
         finally:
             self.add(REQUESTS, key, priority=caller.priority.name.lower(), outcome=outcome)
+            if request.prompt_tokens:
+                self.add(PROMPT_TOKENS, key, request.prompt_tokens)
 
     def gauge(self, name: str, values: Gauge) -> None:
         """Ask `values` for labels and values of a gauge whenever it is read, from whatever thread."""

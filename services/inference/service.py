@@ -53,8 +53,9 @@ class Inference(InferenceServiceServicer):
         texts = convert.to_texts(request)
         model = self._model(request.model, VectorModel, "makes no vectors", context)
         who = caller(context, request.priority)
-        async with self._admission.request(model.key, who):
+        async with self._admission.request(model.key, who) as asked:
             vectors = await model.embed(texts, who.remaining)
+            asked.prompt_tokens = vectors.tokens
         return convert.to_embed_response(vectors, str(model.key.version))
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:

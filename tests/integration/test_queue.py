@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from opentelemetry.trace import NoOpTracer
 
@@ -30,6 +31,7 @@ from services.inference.figures import Figures
 from services.inference.generation import Generation
 from services.inference.routing import Routing
 from services.inference.service import Inference
+from services.inference.vectors import VectorModel, Vectors
 from tests.fakes import FakeText
 from tests.waiting import until
 
@@ -42,8 +44,10 @@ class Served:
         self.model = FakeText()
         self.admission = Admission(slots, queue, self.figures)
         self.generation = Generation(self.admission, Answers(1 << 20), self.figures)
-        models = {"fake": Model("fake", (), ((1, 100),))}
-        self.routing = Routing(lambda: models, {VersionKey("fake", 1): self.model})
+        self.vectors = FakeVectors()
+        here = (self.model, self.vectors)
+        models = {one.key.model: Model(one.key.model, (), ((1, 100),)) for one in here}
+        self.routing = Routing(lambda: models, {one.key: one for one in here})
         self.channel: grpc.aio.Channel
         self.stub: Any
 
@@ -172,6 +176,37 @@ async def test_a_connection_that_breaks_leaves_nothing() -> None:
         await it.channel.close(grace=None)
         await until(lambda: it.idle, "nothing is left", 3)
         assert it.count(names.REQUESTS, outcome="cancelled") == len(calls)
+
+
+class FakeVectors(VectorModel):
+    """One vector a text, when it is told."""
+
+    def __init__(self) -> None:
+        self.key = VersionKey("vectors", 1)
+        self.go = asyncio.Event()
+
+    async def embed(self, texts: Sequence[str], timeout: float | None = None) -> Vectors:
+        await self.go.wait()
+        return Vectors(np.ones((len(texts), 2), np.float32), 3 * len(texts))
+
+
+async def test_embed_waits_is_refused_and_is_counted_alike() -> None:
+    async with served(slots=1, queue=1) as it:
+        request = pb.EmbedRequest(model="vectors", inputs=["a", "b"], priority=pb.PRIORITY_BATCH)
+        first, second = it.stub.Embed(request), it.stub.Embed(request, timeout=0.3)
+        await until(lambda: it.count(names.QUEUE_LENGTH, priority="batch") == 1, "one waits")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await it.stub.Embed(request)
+        assert LingquError(refused.value).reason == "QUEUE_FULL"
+        with pytest.raises(grpc.aio.AioRpcError) as late:
+            await second
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        it.vectors.go.set()
+        assert len((await first).embeddings) == 2
+        await until(lambda: it.idle, "nothing is left")
+        outcomes = {o: it.count(names.REQUESTS, outcome=o) for o in ("ok", "refused", "deadline")}
+        assert outcomes == {"ok": 1, "refused": 1, "deadline": 1}
+        assert it.count(names.PROMPT_TOKENS) == 6
 
 
 async def test_vanishing_while_the_cache_replays_leaves_nothing() -> None:
