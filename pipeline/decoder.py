@@ -16,14 +16,22 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from pipeline.package import About, Package, ParityError, digests, seal, staging_folder
-from pipeline.weights import write_f16
+from pipeline.openvino_model import (
+    GRAMMAR,
+    MODEL,
+    field,
+    write_grammar_model,
+    write_model,
+    write_tokenizer,
+)
+from pipeline.package import About, Package, ParityError, Precision, digests, seal, staging_folder
 from services.inference.artifact import GoldenText, Manifest, Requirements, TextSpec
+from services.inference.backends.openvino_text import pipeline_path
 from services.inference.requirements import same_minor
 
 GOLDEN_TOKENS = 16
 # Not 1: on processors that compute in another precision a near tie may fall the other way.
-MIN_AGREEMENT = 0.85
+MIN_AGREEMENT: dict[Precision, float] = {"fp16": 0.85, "int8": 0.85, "int4": 0.6}
 MIN_MARGIN = 0.75  # logits between the likeliest token and the next
 MIN_CERTAIN_TOKENS = 16
 GOLDEN_PROMPTS = (
@@ -35,23 +43,34 @@ GOLDEN_PROMPTS = (
 )
 
 
-def package_gguf(gguf: Path, store: Path, about: About = About()) -> Package:  # noqa: B008 - immutable
-    """Read the model's own description, convert its tokenizer, compute the golden answers, seal."""
+def package_gguf(
+    gguf: Path,
+    store: Path,
+    about: About = About(),  # noqa: B008 - immutable
+    precision: Precision = "fp16",
+) -> Package:
+    """Read the model's own description, convert weights and tokenizer, compute the golden answers, seal."""
     reader = GGUFReader(str(gguf))
-    architecture = _field(reader, "general.architecture")
-    context = int(_field(reader, f"{architecture}.context_length"))
-    eos = {int(_field(reader, "tokenizer.ggml.eos_token_id"))}
+    architecture = field(reader, "general.architecture")
+    context = int(field(reader, f"{architecture}.context_length"))
+    eos = {int(field(reader, "tokenizer.ggml.eos_token_id"))}
     staging = staging_folder(store)
-    weights = "model.f16.gguf"
-    write_f16(reader, staging / weights)
+    write_model(reader, staging, precision)
+    write_grammar_model(reader, staging / GRAMMAR)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     tokenizer.backend_tokenizer.save(str(staging / "tokenizer.json"))
     if tokenizer.chat_template:
         (staging / "chat_template.jinja").write_text(tokenizer.chat_template)
+    write_tokenizer(tokenizer, sorted(eos), staging)
     spec = TextSpec(
-        weights=weights, context_tokens=context, vocabulary=len(tokenizer), eos_token_ids=tuple(sorted(eos))
+        weights=MODEL,
+        context_tokens=context,
+        vocabulary=len(tokenizer),
+        eos_token_ids=tuple(sorted(eos)),
+        precision=precision,
+        grammar=f"{GRAMMAR}/{MODEL}",
     )
-    golden, agreement = certain(gguf, _golden(staging / weights, spec, tokenizer))
+    golden, agreement = certain(gguf, _golden(staging, spec, tokenizer), MIN_AGREEMENT[precision])
     name = reader.get_field("general.name")
     parent = str(name.contents())[:256] if name is not None else ""
     manifest = Manifest(
@@ -66,7 +85,9 @@ def package_gguf(gguf: Path, store: Path, about: About = About()) -> Package:  #
     return seal(staging, manifest, store)
 
 
-def certain(gguf: Path, golden: Sequence[GoldenText]) -> tuple[tuple[GoldenText, ...], float]:
+def certain(
+    gguf: Path, golden: Sequence[GoldenText], min_agreement: float
+) -> tuple[tuple[GoldenText, ...], float]:
     """The examples up to where the reference implementation (transformers, FP32) is sure of the token, too;
     and the share of all their tokens that it takes for the likeliest.
 
@@ -90,20 +111,21 @@ def certain(gguf: Path, golden: Sequence[GoldenText]) -> tuple[tuple[GoldenText,
         length = sure.index(False) if False in sure else len(sure)
         if length:
             kept.append(example.model_copy(update={"token_ids": example.token_ids[:length]}))
-    if agreed < MIN_AGREEMENT * total:
+    if agreed < min_agreement * total:
         raise ParityError(f"{gguf.name}: the reference agrees with {agreed} of {total} golden tokens only")
     if sum(len(example.token_ids) for example in kept) < MIN_CERTAIN_TOKENS:
         raise ParityError(f"{gguf.name}: the reference is sure of too few golden tokens")
     return tuple(kept), agreed / total
 
 
-def _golden(gguf: Path, spec: TextSpec, tokenizer: Any) -> tuple[GoldenText, ...]:
+def _golden(folder: Path, spec: TextSpec, tokenizer: Any) -> tuple[GoldenText, ...]:
     """Greedy answers of the engine that will serve the model, computed one at a time."""
     scheduler = og.SchedulerConfig()
     scheduler.cache_size = 1
-    pipeline = og.ContinuousBatchingPipeline(str(gguf), scheduler, "CPU")
+    pipeline = og.ContinuousBatchingPipeline(str(pipeline_path(folder, spec)), scheduler, "CPU")
     config = og.GenerationConfig()
     config.max_new_tokens = GOLDEN_TOKENS
+    config.eos_token_id = min(spec.eos_token_ids)
     config.stop_token_ids = set(spec.eos_token_ids)
     found = []
     for number, prompt in enumerate(GOLDEN_PROMPTS):
@@ -115,10 +137,3 @@ def _golden(gguf: Path, spec: TextSpec, tokenizer: Any) -> tuple[GoldenText, ...
         tokens = handle.read_all()[0].generated_ids
         found.append(GoldenText(prompt=prompt, prompt_ids=tuple(ids), token_ids=tuple(tokens)))
     return tuple(found)
-
-
-def _field(reader: GGUFReader, name: str) -> Any:
-    field = reader.get_field(name)
-    if field is None:
-        raise ValueError(f"the GGUF file says nothing about {name}")
-    return field.contents()

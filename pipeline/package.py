@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +20,9 @@ from services.inference.artifact import (
     Manifest,
     digest_file,
 )
+
+Precision = Literal["fp16", "int8", "int4"]
+"""Of weights."""
 
 
 class ParityError(Exception):

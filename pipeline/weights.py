@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,7 @@ def write_f16(reader: GGUFReader, path: Path) -> None:
     bundled model its greedy tokens then differ from the first on, while FP16 gives the reference's
     (docs/decisions.md has the figures)."""
     writer = GGUFWriter(str(path), _contents(reader, "general.architecture"))
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue
-        value = FILE_TYPE_F16 if name == "general.file_type" else field.contents()
-        element = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-        writer.add_key_value(name, value, field.types[0], sub_type=element)
+    copy_fields(reader, writer, {"general.file_type": FILE_TYPE_F16})
     for tensor in reader.tensors:
         if tensor.tensor_type == GGMLQuantizationType.F32:
             writer.add_tensor(tensor.name, tensor.data)
@@ -34,6 +30,16 @@ def write_f16(reader: GGUFReader, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def copy_fields(reader: GGUFReader, writer: GGUFWriter, instead: Mapping[str, Any]) -> None:
+    """What the file says of the model, with other values where `instead` has them."""
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = instead[name] if name in instead else field.contents()
+        element = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, field.types[0], sub_type=element)
 
 
 def _contents(reader: GGUFReader, name: str) -> Any:

@@ -54,10 +54,17 @@ class Admission:
 
     @asynccontextmanager
     async def request(self, key: VersionKey, caller: Caller) -> AsyncIterator[Request]:
-        """A request that takes one slot, counted by how it ends. Raises QueueFull or DeadlinePassed."""
+        """A request that takes one slot, counted by how it ends. The caller's deadline bounds the block, too.
+        Raises QueueFull or DeadlinePassed."""
         with self._figures.request(key, caller) as request:
             async with self.slot(key, caller):
-                yield request
+                try:
+                    async with asyncio.timeout(caller.remaining) as limit:
+                        yield request
+                except TimeoutError as err:
+                    if not limit.expired():
+                        raise
+                    raise DeadlinePassed(f"the deadline passed before {key} had answered") from err
 
     @asynccontextmanager
     async def slot(self, key: VersionKey, caller: Caller, n: int = 1) -> AsyncIterator[None]:

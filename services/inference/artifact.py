@@ -54,16 +54,20 @@ class FileDigest(_Value):
 
 
 class TextSpec(_Value):
-    """A text model: `weights` is its file, `context_tokens` bounds prompt and answer together."""
+    """A text model: `weights` is its GGUF file, or the openvino_model.xml in the folder that OpenVINO opens;
+    `context_tokens` bounds prompt and answer together. `grammar` is a tiny model with the same vocabulary, by
+    which grammars are tried; without it the model takes none."""
 
     weights: FilePath
     context_tokens: int = Field(ge=1)
     vocabulary: int = Field(ge=1)
     eos_token_ids: tuple[int, ...]
+    precision: Literal["fp16", "int8", "int4"] = "fp16"
+    grammar: FilePath | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return (self.weights,)
+        return (self.weights, *([self.grammar] if self.grammar else []))
 
 
 class VectorSpec(_Value):

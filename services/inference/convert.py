@@ -20,13 +20,15 @@ from services.inference.backends.engine import (
     GrammarKind,
 )
 from services.inference.chat import Call, Tool, Turn
-from services.inference.text import Delta, GenerateJob, Logprob
+from services.inference.text import Delta, GenerateJob, Logprob, Scored
 from services.inference.vectors import Vectors
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_INPUTS_BYTES = 4 << 20
 MAX_TURNS = 1024
 MAX_INPUTS = 2048
+MAX_SCORED = 256
+MAX_EXPONENT = 700.0  # exp() of more is no float
 MAX_STOPS = 8
 MAX_STOP_BYTES = 256
 MAX_CANDIDATES = 8
@@ -78,7 +80,7 @@ def to_generate_job(request: pb.GenerateRequest) -> GenerateJob:
         temperature=_number("temperature", request.temperature, 0.0, MAX_TEMPERATURE),
         top_p=top_p,
         top_k=request.top_k,
-        min_p=_number("min_p", request.min_p, 0.0, 1.0),
+        min_p=_number("min_p", request.min_p, 0.0, 1.0, below=True),
         repetition_penalty=repetition,
         presence_penalty=_number("presence_penalty", request.presence_penalty, -MAX_PENALTY, MAX_PENALTY),
         frequency_penalty=_number("frequency_penalty", request.frequency_penalty, -MAX_PENALTY, MAX_PENALTY),
@@ -94,16 +96,26 @@ def to_generate_job(request: pb.GenerateRequest) -> GenerateJob:
 
 def to_texts(request: pb.EmbedRequest) -> list[str]:
     """Raises InvalidInput, naming the field."""
-    if not 1 <= len(request.inputs) <= MAX_INPUTS:
-        raise InvalidInput("inputs", f"{len(request.inputs)} texts, but 1 to {MAX_INPUTS} are allowed")
+    return _texts(request.inputs, MAX_INPUTS)
+
+
+def _texts(inputs: Sequence[str], most: int) -> list[str]:
+    if not 1 <= len(inputs) <= most:
+        raise InvalidInput("inputs", f"{len(inputs)} texts, but 1 to {most} are allowed")
     total = 0
-    for index, text in enumerate(request.inputs):
+    for index, text in enumerate(inputs):
         if not text:
             raise InvalidInput(f"inputs[{index}]", "is empty")
         total += _text(f"inputs[{index}]", text)
     if total > MAX_INPUTS_BYTES:
         raise InvalidInput("inputs", f"{total} bytes in all, but at most {MAX_INPUTS_BYTES} are allowed")
-    return list(request.inputs)
+    return list(inputs)
+
+
+def to_score_texts(request: pb.ScoreRequest) -> list[str]:
+    """Raises InvalidInput, naming the field."""
+    _text("prefix", request.prefix)
+    return _texts(request.inputs, MAX_SCORED)
 
 
 def to_chunk(delta: Delta, version: str) -> pb.GenerateChunk:
@@ -137,6 +149,22 @@ def add_to_candidate(candidate: pb.Candidate, delta: Delta) -> None:
     candidate.logprobs.extend(map(_logprob, delta.logprobs))
     if delta.finish:
         candidate.finish_reason = _FINISH[delta.finish]
+
+
+def to_score_response(scores: Sequence[Scored], tokens: bool, version: str) -> pb.ScoreResponse:
+    """`tokens`: whether each token's log-probability is told."""
+    response = pb.ScoreResponse(
+        usage=pb.Usage(prompt_tokens=sum(score.read for score in scores)), model_version=version
+    )
+    for score in scores:
+        total, number = math.fsum(one.logprob for one in score.tokens), len(score.tokens)
+        response.scores.add(
+            log_likelihood=total,
+            scored_tokens=number,
+            perplexity=math.exp(min(-total / number, MAX_EXPONENT)) if number else 0.0,
+            tokens=map(_logprob, score.tokens) if tokens else (),
+        )
+    return response
 
 
 def to_embed_response(vectors: Vectors, version: str) -> pb.EmbedResponse:
@@ -261,9 +289,11 @@ def _text(field: str, text: str) -> int:
     return size
 
 
-def _number(field: str, value: float, low: float, high: float) -> float:
-    if math.isnan(value) or not low <= value <= high:
-        raise InvalidInput(field, f"{value:g}, but must be {low:g} to {high:g}")
+def _number(field: str, value: float, low: float, high: float, *, below: bool = False) -> float:
+    """`below`: `high` itself is too much."""
+    if math.isnan(value) or not low <= value <= high or (below and value == high):
+        limits = f"at least {low:g} and below {high:g}" if below else f"{low:g} to {high:g}"
+        raise InvalidInput(field, f"{value:g}, but must be {limits}")
     return value
 
 

@@ -117,7 +117,8 @@ def _text_config() -> Any:
         config.input.add(name=name, data_type=config_pb2.TYPE_STRING, dims=[1], optional=True)
     config.output.add(name="text_output", data_type=config_pb2.TYPE_STRING, dims=[1])
     config.output.add(name="output_ids", data_type=config_pb2.TYPE_INT32, dims=[-1])
-    config.output.add(name=wire.STEP, data_type=config_pb2.TYPE_INT32, dims=[-1, 3])
+    config.output.add(name=wire.STEP, data_type=config_pb2.TYPE_INT32, dims=[-1, wire.COLUMNS])
+    config.output.add(name=wire.LOGPROBS, data_type=config_pb2.TYPE_FP32, dims=[-1])
     config.instance_group.add(count=1, kind=config_pb2.ModelInstanceGroup.KIND_CPU)
     return config
 

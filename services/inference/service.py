@@ -65,7 +65,12 @@ class Inference(InferenceServiceServicer):
         raise Unimplemented("Answer is not there yet")
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
-        raise Unimplemented("Score is not there yet")
+        texts = convert.to_score_texts(request)
+        model = self._model(request.model, TextModel, "generates no text", context)
+        async with self._admission.request(model.key, caller(context, request.priority)) as asked:
+            scores = await model.score(texts, request.prefix)
+            asked.prompt_tokens = sum(score.read for score in scores)
+        return convert.to_score_response(scores, request.tokens, str(model.key.version))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         raise Unimplemented("Tokenize is not there yet")

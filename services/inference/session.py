@@ -12,9 +12,10 @@ from typing import Any
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 
 from services.core.discovery import VersionKey
-from services.core.errors import BackendUnavailable, LingquError, QueueFull
+from services.core.errors import BackendUnavailable, InvalidInput, LingquError, QueueFull
 from services.inference.backends import wire
 from services.inference.backends.engine import Finish, Job, Sampling
 from services.inference.triton import Triton, command_request
@@ -30,6 +31,7 @@ class Step:
 
     tokens: tuple[int, ...]
     finish: Finish
+    logprobs: tuple[float, ...] = ()
 
 
 class Session:
@@ -44,13 +46,14 @@ class Session:
         self._next = 1
         self._outgoing: asyncio.Queue[wire.Command] = asyncio.Queue()
         self._waiting: dict[int, asyncio.Queue[Step | LingquError]] = {}
+        self._scores: dict[int, asyncio.Future[npt.NDArray[np.float32]]] = {}
         self.lost = asyncio.Event()
         self._outgoing.put_nowait(wire.Command("open", self._id, secret))
         self._reader = asyncio.create_task(self._read(), name=f"session {key}")
 
     @property
     def in_flight(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._scores)
 
     async def close(self) -> None:
         self._reader.cancel()
@@ -80,12 +83,37 @@ class Session:
                     finished = True
                     raise step
                 finished = step.finish != Finish.NONE
+                if step.finish == Finish.REFUSED:
+                    raise InvalidInput(
+                        "max_tokens",
+                        f"the engine of {self._key} cannot hold prompt and answer in its KV cache",
+                    )
                 if step.finish == Finish.FAILED:
                     raise BackendUnavailable(f"the engine of {self._key} could not go on with the request")
                 yield step
         finally:
             del self._waiting[key]
             if not finished:
+                self._outgoing.put_nowait(wire.Command("cancel", self._id, self._secret, key))
+
+    async def score(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """FP32 [tokens - 1]: log-probability of each token but the first.
+
+        Raises BackendUnavailable, QueueFull."""
+        if self.lost.is_set():
+            raise BackendUnavailable(f"{self._key} is being loaded again")
+        if len(self._scores) >= self._max:
+            raise QueueFull(f"{self._max} texts for {self._key} are being scored already")
+        key, self._next = self._next, self._next + 1
+        found = self._scores[key] = asyncio.get_running_loop().create_future()
+        job = Job(key, ids, Sampling(max_tokens=1))
+        self._outgoing.put_nowait(wire.Command("score", self._id, self._secret, key, job))
+        try:
+            logprobs: npt.NDArray[np.float32] = await found
+            return logprobs
+        finally:
+            del self._scores[key]
+            if not found.done() or found.cancelled():
                 self._outgoing.put_nowait(wire.Command("cancel", self._id, self._secret, key))
 
     async def _requests(self) -> AsyncGenerator[Any, None]:
@@ -111,9 +139,19 @@ class Session:
             self.lost.set()
             for steps in self._waiting.values():
                 steps.put_nowait(BackendUnavailable(f"{self._key}: {reason}; try again"))
+            for score in self._scores.values():
+                if not score.done():
+                    score.set_exception(BackendUnavailable(f"{self._key}: {reason}; try again"))
 
     def _on_answer(self, answer: Any) -> None:
         response = answer.infer_response
+        if response.id != OPEN_ID and (score := self._scores.get(int(response.id or 0))) is not None:
+            if not score.done():
+                if answer.error_message:
+                    score.set_exception(LingquError(f"{self._key}: {answer.error_message}"))
+                elif response.raw_output_contents:
+                    score.set_result(np.frombuffer(response.raw_output_contents[0], np.float32))
+            return
         if answer.error_message:
             if response.id == OPEN_ID:
                 log.error("session of %s refused: %s", self._key, answer.error_message)
@@ -123,18 +161,22 @@ class Session:
             return
         if not response.raw_output_contents:
             return
-        rows = np.frombuffer(response.raw_output_contents[0], np.int32).reshape(-1, 3).tolist()
+        rows = np.frombuffer(response.raw_output_contents[0], np.int32).reshape(-1, wire.COLUMNS).tolist()
         tokens: dict[int, list[int]] = {}
+        logprobs: dict[int, list[float]] = {}
         ended: dict[int, Finish] = {}
-        for key, token, finish in rows:
+        for key, token, finish, bits in rows:
             tokens.setdefault(key, [])
             if token != wire.NO_TOKEN:
                 tokens[key].append(token)
+                if bits:
+                    logprobs.setdefault(key, []).append(wire.logprob(bits))
             if finish:
                 ended[key] = Finish(finish)
         for key, new in tokens.items():
             if (steps := self._waiting.get(key)) is not None:
-                steps.put_nowait(Step(tuple(new), ended.get(key, Finish.NONE)))
+                told = tuple(logprobs.get(key, ()))
+                steps.put_nowait(Step(tuple(new), ended.get(key, Finish.NONE), told))
 
 
 def _merged(first: Step | LingquError, more: asyncio.Queue[Step | LingquError]) -> Step | LingquError:
@@ -143,5 +185,5 @@ def _merged(first: Step | LingquError, more: asyncio.Queue[Step | LingquError]) 
         following = more.get_nowait()
         if isinstance(following, LingquError):
             return following
-        first = Step(first.tokens + following.tokens, following.finish)
+        first = Step(first.tokens + following.tokens, following.finish, first.logprobs + following.logprobs)
     return first

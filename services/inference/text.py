@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import secrets
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from services.core.discovery import VersionKey
-from services.core.errors import InvalidInput
+from services.core.errors import InvalidInput, Unsupported
 from services.core.telemetry import current_traceparent
 from services.inference.artifact import TextSpec
 from services.inference.backends.engine import Finish, Grammar, Sampling
 from services.inference.chat import ChatTemplate, Tool, Turn
-from services.inference.session import Session
+from services.inference.grammars import Grammars
+from services.inference.session import Session, Step
 from services.inference.stops import StopFilter
-from services.inference.tokens import Detokenizer, unblocked
+from services.inference.streams import interleaved
+from services.inference.tokens import Detokenizer, token_bytes, unblocked
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -82,6 +85,14 @@ class Tally:
     completion_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The scored tokens of a text, and how many were read, prefix included."""
+
+    tokens: tuple[Logprob, ...]
+    read: int
+
+
 class TextModel:
     """One version of a text model in one Triton."""
 
@@ -92,9 +103,12 @@ class TextModel:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         template = folder / "chat_template.jinja"
         self._template = ChatTemplate(template.read_text()) if template.is_file() else None
+        self._grammars = Grammars(folder, folder / spec.grammar) if spec.grammar else None
 
     async def close(self) -> None:
         await self.session.close()
+        if self._grammars is not None:
+            await self._grammars.close()
 
     async def generate(self, job: GenerateJob, tally: Tally | None = None) -> AsyncGenerator[Delta, None]:
         """Deltas of whole characters; nothing behind a stop string. Leaving early stops the engine.
@@ -102,31 +116,82 @@ class TextModel:
         Raises InvalidInput, QueueFull, BackendUnavailable."""
         prompt = await self._encode(job)
         sampling = self._sampling(job, len(prompt))
-        detokenizer, stops = Detokenizer(self._tokenizer), StopFilter(job.stop)
+        if sampling.grammar is not None:
+            await self._check(sampling.grammar)
+        pieces = [
+            self._candidate(index, prompt, replace(sampling, seed=(sampling.seed + index) % 2**64), job.stop)
+            for index in range(job.n)
+        ]
         tally = tally or Tally()
         tally.prompt_tokens = len(prompt)
+        last: Delta | None = None
+        async with aclosing(interleaved(pieces)) as deltas:
+            async for delta, tokens in deltas:
+                tally.completion_tokens += tokens
+                if last is not None:
+                    yield last
+                last = delta if delta.finish else None
+                if last is None and (delta.text or delta.logprobs):
+                    yield delta
+        if last is not None:
+            yield replace(last, prompt_tokens=len(prompt), completion_tokens=tally.completion_tokens)
+
+    async def _candidate(
+        self, index: int, prompt: list[int], sampling: Sampling, stop: Sequence[str]
+    ) -> AsyncGenerator[tuple[Delta, int], None]:
+        """One answer: what came, and how many tokens it took."""
+        detokenizer, stops = Detokenizer(self._tokenizer), StopFilter(stop)
         async with aclosing(self.session.generate(prompt, sampling, current_traceparent())) as steps:
             async for step in steps:
-                tally.completion_tokens += len(step.tokens)
                 text = stops.push(detokenizer.push(step.tokens))
                 finish = Finish.STOP if stops.stopped else step.finish
                 if step.finish and not stops.stopped:
                     text += stops.push(detokenizer.finish())
                     finish = Finish.STOP if stops.stopped else step.finish
                     text += stops.finish()
+                logprobs = self._logprobs(step) if sampling.logprobs else ()
+                yield Delta(text, finish, index=index, logprobs=logprobs), len(step.tokens)
                 if finish:
-                    yield Delta(text, finish, len(prompt), tally.completion_tokens)
                     return
-                if text:
-                    yield Delta(text)
+
+    def _logprobs(self, step: Step) -> tuple[Logprob, ...]:
+        return tuple(
+            Logprob(token, token_bytes(self._tokenizer, token), logprob)
+            for token, logprob in zip(step.tokens, step.logprobs, strict=False)
+        )
+
+    async def score(self, texts: Sequence[str], prefix: str = "") -> list[Scored]:
+        """Each text behind `prefix`, one after the other. Raises InvalidInput naming the text, and what
+        Session.score raises."""
+        found = []
+        for index, text in enumerate(texts):
+            whole = prefix + text
+            encoding = await unblocked(len(whole), lambda whole=whole: self._tokenizer.encode(whole))  # type: ignore[misc]
+            ids: list[int] = encoding.ids
+            if len(ids) > self._spec.context_tokens:
+                raise InvalidInput(
+                    f"inputs[{index}]",
+                    f"{len(ids)} tokens with its prefix, but the context has {self._spec.context_tokens}",
+                )
+            # The first token that reaches into the text; the very first has nothing that predicts it.
+            begin = next((i for i, (_, end) in enumerate(encoding.offsets) if end > len(prefix)), len(ids))
+            begin = max(1, begin)
+            logprobs = (await self.session.score(ids))[begin - 1 :] if len(ids) > begin else ()
+            tokens = tuple(
+                Logprob(token, token_bytes(self._tokenizer, token), float(logprob))
+                for token, logprob in zip(ids[begin:], logprobs, strict=True)
+            )
+            found.append(Scored(tokens, len(ids)))
+        return found
+
+    async def _check(self, grammar: Grammar) -> None:
+        """Raises InvalidInput."""
+        if self._grammars is None:
+            raise Unsupported("response_format", f"{self.key.model} was published without a grammar model")
+        await self._grammars.check(grammar)
 
     async def _encode(self, job: GenerateJob) -> list[int]:
-        if job.turns:
-            if self._template is None:
-                raise InvalidInput("messages", f"{self.key.model} has no chat template; send prompt instead")
-            field, text, special = "messages", self._template.render(job.turns), False
-        else:
-            field, text, special = "prompt", job.prompt or "", True
+        field, text, special = self._rendered(job)
         encoding = await unblocked(
             len(text), lambda: self._tokenizer.encode(text, add_special_tokens=special)
         )
@@ -139,6 +204,14 @@ class TextModel:
             )
         return ids
 
+    def _rendered(self, job: GenerateJob) -> tuple[str, str, bool]:
+        """Field of the request, the text to tokenise, and whether the tokenizer adds its special tokens."""
+        if not job.turns:
+            return "prompt", job.prompt or "", True
+        if self._template is None:
+            raise Unsupported("messages", f"{self.key.model} has no chat template; send prompt instead")
+        return "messages", self._template.render(job.turns, job.tools), False
+
     def _sampling(self, job: GenerateJob, prompt_tokens: int) -> Sampling:
         room = self._spec.context_tokens - prompt_tokens
         wanted = min(DEFAULT_MAX_TOKENS, room) if job.max_tokens is None else job.max_tokens
@@ -146,4 +219,17 @@ class TextModel:
             raise InvalidInput(
                 "max_tokens", f"{wanted}, but the prompt of {prompt_tokens} tokens leaves room for {room}"
             )
-        return Sampling(wanted, job.temperature, job.top_p, job.top_k, job.seed or 0)
+        seed = job.seed if job.seed is not None else secrets.randbits(63) if job.temperature else 0
+        return Sampling(
+            max_tokens=wanted,
+            temperature=job.temperature,
+            top_p=job.top_p,
+            top_k=job.top_k,
+            seed=seed,
+            min_p=job.min_p,
+            repetition_penalty=job.repetition_penalty,
+            presence_penalty=job.presence_penalty,
+            frequency_penalty=job.frequency_penalty,
+            logprobs=job.logprobs,
+            grammar=job.grammar,
+        )

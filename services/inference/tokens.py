@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 # What a byte-level decoder shows for bytes that are no character, or not yet a whole one. Bytes that a
 # character lacks can only be missing at the very end, where they show as exactly one of these.
@@ -62,6 +63,31 @@ class Detokenizer:
         delta = self._decoder.decode(self._window)[self._shown :]
         self._window, self._shown = [], 0
         return delta
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """What a token stands for: tokenizers write bytes as letters (GPT-2), as <0x0A> or, spaces, as ▁
+    (SentencePiece). Special tokens stand for themselves."""
+    piece: str | None = tokenizer.id_to_token(token)
+    if piece is None:
+        return b""
+    if type(tokenizer.decoder).__name__ == "ByteLevel":
+        letters = [_BYTES.get(letter) for letter in piece]
+        return bytes(b for b in letters if b is not None) if None not in letters else piece.encode()
+    if match := _HEX.fullmatch(piece):
+        return bytes([int(match[1], 16)])
+    return piece.replace("\u2581", " ").encode()
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others follow from U+0100 on."""
+    plain = {b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)}
+    others = (b for b in range(256) if b not in plain)
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_letters()
+_HEX = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _whole(text: str) -> int:

@@ -54,8 +54,8 @@ async def test_greedy_text_is_the_engines_own(client: lingqu.Client, artifacts: 
 
 
 async def test_a_stream_adds_up_to_the_whole(client: lingqu.Client) -> None:
-    whole = await client.generate(TEXT_MODEL, PROMPT, max_tokens=40)
-    chunks = [chunk async for chunk in client.stream(TEXT_MODEL, PROMPT, max_tokens=40, no_cache=True)]
+    whole = await client.generate(TEXT_MODEL, PROMPT, max_tokens=20)
+    chunks = [chunk async for chunk in client.stream(TEXT_MODEL, PROMPT, max_tokens=20, no_cache=True)]
     assert "".join(chunk.text for chunk in chunks) == whole.text
     assert len(chunks) > 5
     assert all(not c.finish_reason and not c.HasField("usage") for c in chunks[:-1])

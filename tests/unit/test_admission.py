@@ -260,6 +260,18 @@ def test_no_slot_leaks_whatever_becomes_of_the_callers(slots: int, queue: int, s
     asyncio.run(story())
 
 
+async def test_a_deadline_ends_the_work_and_other_timeouts_are_what_they_are() -> None:
+    desk = Desk()
+    with pytest.raises(DeadlinePassed):
+        async with desk.admission.request(KEY, due(0.05)):
+            await asyncio.sleep(5)
+    with pytest.raises(TimeoutError):
+        async with desk.admission.request(KEY, due(5)):
+            raise TimeoutError
+    assert desk.now == (0, 0)
+    assert [desk.figures.total(REQUESTS, outcome=o) for o in ("deadline", "failed")] == [1, 1]
+
+
 async def test_figures_keep_so_many_versions_only() -> None:
     desk = Desk()
     for number in range(1, 300):

@@ -30,7 +30,9 @@ class Scripted:
             return
         self.left -= 1
         reason = SimpleNamespace(name="NONE" if self.left else "LENGTH")
-        self._ready.append(SimpleNamespace(generated_ids=[100 + self.made], finish_reason=reason))
+        self._ready.append(
+            SimpleNamespace(generated_ids=[100 + self.made], generated_log_probs=[-0.5], finish_reason=reason)
+        )
         self.made += 1
 
     def can_read(self) -> bool:
@@ -76,11 +78,14 @@ class Sink:
     def gone(self) -> bool:
         return self.is_gone
 
-    def emit(self, key: int, tokens: Sequence[int], finish: Finish) -> None:
+    def emit(self, key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[float] = ()) -> None:
         self.events.put((key, tuple(tokens), finish))
 
     def step_done(self, running: int) -> None:
         """Every emit is seen at once."""
+
+    def alive(self) -> None:
+        """Not looked at."""
 
     def next(self) -> tuple[int, tuple[int, ...], Finish]:
         return self.events.get(timeout=TIMEOUT_S)
@@ -93,7 +98,7 @@ def pipeline() -> Pipeline:
 
 @pytest.fixture
 def engine(pipeline: Pipeline) -> Iterator[Engine]:
-    engine = Engine(pipeline, pipeline.add, lambda text: None)
+    engine = Engine(lambda: pipeline, lambda text: None)
     yield engine
     pipeline.steps.release(1000)
     engine.close()
@@ -197,11 +202,11 @@ def test_sampling_that_makes_no_sense_names_its_field(fields: dict[str, Any]) ->
 def test_a_refused_job_is_told_so(engine: Engine) -> None:
     sink = Sink()
     engine.submit(job(3, ids=[0]), sink)
-    assert sink.next() == (3, (), Finish.FAILED)
+    assert sink.next() == (3, (), Finish.REFUSED)
 
 
 def test_closing_ends_what_runs(pipeline: Pipeline) -> None:
-    engine = Engine(pipeline, pipeline.add, lambda text: None)
+    engine = Engine(lambda: pipeline, lambda text: None)
     sink = Sink()
     engine.submit(job(1, 10_000), sink)
     pipeline.steps.release(1)

@@ -1,17 +1,22 @@
 """A continuous-batching text engine on a thread of its own: jobs go in, tokens come out step by step.
 
-The scheduler (OpenVINO GenAI's) decides which sequences a step computes; this module feeds it, reads what
-each step made and hands it to the sinks. It knows nothing of Triton.
+The runtime's scheduler decides which sequences a step computes; this module feeds it, reads what each step
+made and hands it to the sinks. It knows nothing of Triton. Long prompts are fed in slices (slices.py), so
+that they stall nobody. A runtime whose step fails is not trusted any more: OpenVINO GenAI's goes on failing
+for ever after one bad request (seen), so it is closed and opened anew.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any, Protocol
+
+from services.inference.backends.slices import Slices
 
 MAX_PENDING = 1024
 MAX_TOP_K = 1_000_000  # more than any vocabulary
@@ -19,16 +24,20 @@ MAX_TEMPERATURE = 2.0
 MAX_REPETITION_PENALTY = 2.0
 MAX_PENALTY = 2.0
 IDLE_POLL_S = 0.2  # how soon a sink that gave up is noticed while nothing is computed
+ALIVE_S = 2.0  # how often sinks hear that the engine works, even if it has no token for them
+REOPEN_S = (1.0, 30.0)  # between attempts to open a runtime again: at first, at most
 
 
 class Finish(IntEnum):
-    """Why a sequence ended; NONE while it goes on."""
+    """Why a sequence ended; NONE while it goes on. REFUSED: the engine can never compute it; FAILED: it could
+    not this time."""
 
     NONE = 0
     STOP = 1
     LENGTH = 2
     CANCELLED = 3
     FAILED = 4
+    REFUSED = 5
 
 
 class GrammarKind(StrEnum):
@@ -74,7 +83,7 @@ class Sampling:
             "top_p: above 0, at most 1": 0 < self.top_p <= 1,
             f"top_k: 0 to {MAX_TOP_K}": 0 <= self.top_k <= MAX_TOP_K,
             "seed: 0 to 2^64 - 1": 0 <= self.seed < 2**64,
-            "min_p: 0 to 1": 0 <= self.min_p <= 1,
+            "min_p: 0 to below 1": 0 <= self.min_p < 1,
             "repetition_penalty: above 0, at most 2": 0 < self.repetition_penalty <= MAX_REPETITION_PENALTY,
             "presence_penalty: -2 to 2": abs(self.presence_penalty) <= MAX_PENALTY,
             "frequency_penalty: -2 to 2": abs(self.frequency_penalty) <= MAX_PENALTY,
@@ -99,24 +108,31 @@ class Sink(Protocol):
     def gone(self) -> bool:
         """True when nobody reads any more: all jobs of the sink are then dropped."""
 
-    def emit(self, key: int, tokens: Sequence[int], finish: Finish) -> None:
-        """New tokens of a job; the last call for a job has a finish other than NONE."""
+    def emit(self, key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[float] = ()) -> None:
+        """New tokens of a job, and their log-probabilities if it asked for them; the last call for a job has
+        a finish other than NONE."""
 
     def step_done(self, running: int) -> None:
         """All of one step was emitted; `running` sequences go on."""
 
+    def alive(self) -> None:
+        """The engine works, though it may have nothing to emit."""
+
 
 @dataclass(slots=True)
 class Counts:
-    """The engine's work so far; `sequences` are in progress now."""
+    """The engine's work so far; `sequences` are in progress now. `wasted` of the `tokens` were computed for
+    sequences that were cancelled or abandoned; `reopened` is how often the runtime had to be opened anew."""
 
     sequences: int = 0
     steps: int = 0
     tokens: int = 0
+    wasted: int = 0
+    reopened: int = 0
 
 
 class Handle(Protocol):
-    """A sequence inside the engine: OpenVINO GenAI's GenerationHandle, or a test's."""
+    """A sequence inside the engine: OpenVINO GenAI's GenerationHandle, or another with its manners."""
 
     def can_read(self) -> bool: ...
     def read(self) -> dict[int, Any]: ...
@@ -124,36 +140,42 @@ class Handle(Protocol):
     def get_status(self) -> Any: ...
 
 
-class Pipeline(Protocol):
-    """The part of ContinuousBatchingPipeline that is used."""
+class Runtime(Protocol):
+    """An engine to step."""
 
-    def step(self) -> None: ...
+    def add(self, number: int, job: Job) -> Handle:
+        """Begin a sequence. Raises ValueError for a job that the engine refuses."""
+
+    def step(self) -> None:
+        """Compute what the scheduler finds best. Whatever it raises makes the runtime unusable."""
+
+
+class RuntimeBroken(Exception):
+    """A step failed."""
 
 
 @dataclass(slots=True)
 class _Running:
     job: Job
     sink: Sink
-    handle: Handle
+    handle: Handle | None  # None while its prompt is computed in slices
+    tokens: int = 0
 
 
 class Engine:
-    """Owns the thread that steps the pipeline. `add` turns a job into a sequence of the pipeline; it raises
-    ValueError for a job that the engine refuses."""
+    """Owns the thread that steps the runtime. `open_runtime` makes one; its errors are the constructor's."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        add: Callable[[int, Job], Handle],
-        log: Callable[[str], None],
-    ) -> None:
+    def __init__(self, open_runtime: Callable[[], Runtime], log: Callable[[str], None]) -> None:
         self.counts = Counts()
-        self._pipeline = pipeline
-        self._add = add
+        self._open = open_runtime
+        self._runtime = open_runtime()
         self._log = log
         self._commands: queue.Queue[tuple[str, Any]] = queue.Queue(MAX_PENDING)
         self._running: dict[int, _Running] = {}
+        self._slices = Slices()
+        self._slice: Handle | None = None  # the one that is being computed
         self._next_id = 1
+        self._alive_at = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -174,18 +196,36 @@ class Engine:
         while not self._stopping.is_set():
             try:
                 self._turn()
+            except RuntimeBroken as err:
+                self._log(f"engine failed, {len(self._running)} sequences lost: {err.__cause__!r}")
+                self._fail_all()
+                self._reopen()
             except Exception as err:
                 # Whatever it was, it must not take the engine from everybody else.
-                self._log(f"engine failed, {len(self._running)} sequences lost: {err!r}")
+                self._log(f"engine's loop failed, {len(self._running)} sequences lost: {err!r}")
                 self._fail_all()
         self._fail_all()
 
     def _turn(self) -> None:
         self._take_commands()
         self._drop_abandoned()
-        if self._running:
-            self._pipeline.step()
-            self._publish()
+        if not self._running:
+            if self._slice is not None:
+                self._slice.cancel()
+            return
+        self._feed_slice()
+        begun = time.monotonic()
+        try:
+            self._runtime.step()
+        except Exception as err:
+            raise RuntimeBroken from err
+        now = time.monotonic()
+        self._publish()
+        self._end_slice(now, now - begun)
+        if now - self._alive_at >= ALIVE_S:
+            self._alive_at = now
+            for sink in self._sinks():
+                sink.alive()
 
     def _take_commands(self) -> None:
         """All that wait; blocks a little while there is nothing to compute."""
@@ -202,15 +242,12 @@ class Engine:
     def _obey(self, verb: str, argument: Any) -> None:
         if verb == "submit":
             job, sink = argument
-            number, self._next_id = self._next_id, self._next_id + 1
-            try:
-                handle = self._add(number, job)
-            except Exception as err:
-                self._log(f"job refused by the engine: {err!r}")
-                sink.emit(job.key, (), Finish.FAILED)
-                sink.step_done(len(self._running))
-                return
-            self._running[number] = _Running(job, sink, handle)
+            number = self._new_number()
+            self._running[number] = _Running(job, sink, None)
+            if self._slices.wants(job.input_ids):
+                self._slices.push(number, job.input_ids)
+            else:
+                self._add(number)
         else:
             sink, key = argument
             for number, running in list(self._running.items()):
@@ -218,59 +255,137 @@ class Engine:
                     self._end(number, Finish.CANCELLED)
                     sink.step_done(len(self._running))
 
+    def _new_number(self) -> int:
+        number, self._next_id = self._next_id, self._next_id + 1
+        return number
+
+    def _add(self, number: int) -> None:
+        """Give a sequence to the runtime, or tell its sink why not."""
+        running = self._running[number]
+        try:
+            running.handle = self._runtime.add(number, running.job)
+        except Exception as err:
+            self._log(f"job refused by the engine: {err!r}")
+            del self._running[number]
+            running.sink.emit(running.job.key, (), Finish.REFUSED)
+            running.sink.step_done(len(self._running))
+
+    def _feed_slice(self) -> None:
+        """The next part of a long prompt, if one is due: as a sequence of its own that makes one token, which
+        nobody reads. The runtime keeps what it computed for those that begin alike."""
+        if self._slice is not None:
+            return
+        decoding = any(running.handle is not None for running in self._running.values())
+        due = self._slices.due(time.monotonic(), idle=not decoding)
+        if due is None:
+            return
+        number, prefix = due
+        if prefix is None:
+            self._add(number)
+            return
+        try:
+            job = Job(0, prefix, Sampling(max_tokens=1))
+            self._slice = self._runtime.add(self._new_number(), job)
+        except ValueError:
+            self._slices.drop(number)
+            self._add(number)
+
+    def _end_slice(self, now: float, step_s: float) -> None:
+        if self._slice is None:
+            return
+        self._slices.spent(step_s)
+        if self._slice.can_read() or self._slice.get_status().name in GONE:
+            self._slice = None
+            self._slices.computed(now)
+
     def _drop_abandoned(self) -> None:
-        gone = {id(s) for s in {id(r.sink): r.sink for r in self._running.values()}.values() if s.gone()}
+        gone = {id(sink) for sink in self._sinks() if sink.gone()}
         if gone:
             for number, running in list(self._running.items()):
                 if id(running.sink) in gone:
                     self._end(number, Finish.CANCELLED)
 
+    def _sinks(self) -> list[Sink]:
+        return list({id(r.sink): r.sink for r in self._running.values()}.values())
+
     def _publish(self) -> None:
         total = 0
         touched: dict[int, Sink] = {}
-        for number, running in list(self._running.items()):
-            tokens, finish = self._read(running)
+        ended: list[int] = []
+        for number, running in self._running.items():
+            if running.handle is None:
+                continue
+            tokens, logprobs, finish = _read(running.handle)
+            if not tokens and not finish:
+                continue
             total += len(tokens)
-            if tokens or finish:
-                running.sink.emit(running.job.key, tokens, finish)
-                touched[id(running.sink)] = running.sink
+            running.tokens += len(tokens)
+            sink = running.sink
+            sink.emit(running.job.key, tokens, finish, logprobs if running.job.sampling.logprobs else ())
+            touched[id(sink)] = sink
             if finish:
-                del self._running[number]
+                ended.append(number)
+        for number in ended:
+            del self._running[number]
         for sink in touched.values():
             sink.step_done(len(self._running))
         self.counts.steps += 1
         self.counts.tokens += total
         self.counts.sequences = len(self._running)
 
-    def _read(self, running: _Running) -> tuple[list[int], Finish]:
-        handle, tokens, finish = running.handle, [], Finish.NONE
-        while handle.can_read():
-            for output in handle.read().values():
-                tokens += output.generated_ids
-                finish = Finish(_REASONS.get(output.finish_reason.name, Finish.NONE))
-        if not finish and handle.get_status().name in ("IGNORED", "CANCEL", "STOP"):
-            # Dropped without a reason: the KV cache cannot hold the sequence.
-            finish = Finish.FAILED
-        return tokens, finish
-
     def _end(self, number: int, finish: Finish) -> None:
         running = self._running.pop(number)
-        running.handle.cancel()
-        running.sink.emit(running.job.key, (), finish)
+        self._slices.drop(number)
+        if running.handle is not None:
+            running.handle.cancel()
+        self.counts.wasted += running.tokens
         self.counts.sequences = len(self._running)
+        running.sink.emit(running.job.key, (), finish)
 
     def _fail_all(self) -> None:
-        sinks = {id(r.sink): r.sink for r in self._running.values()}
+        sinks = self._sinks()
         for number in list(self._running):
             try:
                 self._end(number, Finish.FAILED)
             except Exception as err:
                 self._log(f"a sequence could not be told that it failed: {err!r}")
-        for sink in sinks.values():
+        for sink in sinks:
             try:
                 sink.step_done(0)
             except Exception as err:
                 self._log(f"a sink could not be told of failures: {err!r}")
 
+    def _reopen(self) -> None:
+        """Until it works or the engine is closed. What is asked meanwhile waits, up to MAX_PENDING."""
+        self._slices, self._slice = Slices(), None
+        wait, most = REOPEN_S
+        while not self._stopping.is_set():
+            try:
+                self._runtime = self._open()
+            except Exception as err:
+                self._log(f"the engine could not be opened again: {err!r}")
+                self._stopping.wait(wait)
+                wait = min(most, 2 * wait)
+            else:
+                self.counts.reopened += 1
+                return
 
+
+def _read(handle: Handle) -> tuple[list[int], list[float], Finish]:
+    """What a sequence has made since: tokens, their log-probabilities, and whether it has ended."""
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    finish = Finish.NONE
+    while handle.can_read():
+        for output in handle.read().values():
+            tokens += output.generated_ids
+            logprobs += output.generated_log_probs
+            finish = _REASONS.get(output.finish_reason.name, Finish.NONE)
+    if not tokens and not finish and handle.get_status().name in GONE:
+        # Dropped without a reason: the KV cache cannot hold the sequence.
+        finish = Finish.REFUSED
+    return tokens, logprobs, finish
+
+
+GONE = ("IGNORED", "CANCEL", "STOP")
 _REASONS = {"STOP": Finish.STOP, "LENGTH": Finish.LENGTH, "TOOL_CALL": Finish.STOP}

@@ -17,6 +17,10 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # With more sequences than this, a step's tokens wait for the next step's: the messages of a large batch
 # would otherwise take the cores from the engine. First and last tokens never wait.
 COALESCE_ABOVE = 16
+REFUSALS = {
+    Finish.FAILED: "the engine could not go on with this sequence; try again",
+    Finish.REFUSED: "the engine refuses this sequence: a setting, or more than its KV cache can hold",
+}
 
 
 class SessionSink:
@@ -26,7 +30,7 @@ class SessionSink:
         self._sender = sender
         self._spans = spans
         self._open: dict[int, EngineSpan] = {}
-        self._rows: list[tuple[int, int, int]] = []
+        self._rows: list[wire.Row] = []
         self._held_steps = 0
         self._urgent = False
 
@@ -36,16 +40,14 @@ class SessionSink:
     def gone(self) -> bool:
         return bool(self._sender.is_cancelled())
 
-    def emit(self, key: int, tokens: Sequence[int], finish: Finish) -> None:
+    def emit(self, key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[float] = ()) -> None:
         span = self._open.get(key)
         if span is None:
             return
         self._urgent |= bool(finish) or not span.tokens
         span.add(len(tokens))
-        for token in tokens:
-            self._rows.append((key, token, Finish.NONE))
+        self._rows += wire.rows(key, tokens, finish, logprobs)
         if finish:
-            self._rows.append((key, wire.NO_TOKEN, finish))
             del self._open[key]
             span.end(finish)
 
@@ -55,8 +57,15 @@ class SessionSink:
             return
         rows, self._rows, self._held_steps, self._urgent = self._rows, [], 0, False
         if rows and not self.gone():
-            step = pb_utils.Tensor(wire.STEP, np.array(rows, dtype=np.int32))
-            self._sender.send(pb_utils.InferenceResponse([step]))
+            self._send(rows)
+
+    def alive(self) -> None:
+        if not self.gone():
+            self._send([])
+
+    def _send(self, rows: list[wire.Row]) -> None:
+        step = pb_utils.Tensor(wire.STEP, np.array(rows, dtype=np.int32).reshape(-1, wire.COLUMNS))
+        self._sender.send(pb_utils.InferenceResponse([step]))
 
 
 class RequestSink:
@@ -70,14 +79,14 @@ class RequestSink:
     def gone(self) -> bool:
         return bool(self._sender.is_cancelled())
 
-    def emit(self, key: int, tokens: Sequence[int], finish: Finish) -> None:
+    def emit(self, key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[float] = ()) -> None:
         self._span.add(len(tokens))
         text = self._detokenizer.push(tokens)
         if finish:
             text += self._detokenizer.finish()
             self._span.end(finish)
-        if finish == Finish.FAILED:
-            error = pb_utils.TritonError("the engine could not go on with this sequence")
+        if finish in REFUSALS:
+            error = pb_utils.TritonError(REFUSALS[finish])
             self._sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
             return
         if tokens:
@@ -91,3 +100,6 @@ class RequestSink:
 
     def step_done(self, running: int) -> None:
         """Nothing is held back."""
+
+    def alive(self) -> None:
+        """Nobody asks."""

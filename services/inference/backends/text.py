@@ -2,8 +2,9 @@
 
 - Sessions (wire.py): what the inference service uses.
 - Plain Open Inference Protocol requests, for any client: `text_input` (BYTES [1], taken as it is) and
-  optionally `sampling_parameters` (BYTES [1], JSON with max_tokens, temperature, top_p, top_k, seed), as
-  Triton's vLLM backend names them; answered by `text_output` and `output_ids` until the final response.
+  optionally `sampling_parameters` (BYTES [1], JSON with max_tokens, temperature, top_p, top_k, min_p, seed
+  and the penalties), as Triton's vLLM backend names them; answered by `text_output` and `output_ids` until
+  the final response.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
-import openvino_genai as og
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
 from services.inference.artifact import Manifest, TextSpec
 from services.inference.backends import wire
 from services.inference.backends.engine import Engine, Job, Sampling, Sink
+from services.inference.backends.openvino_text import OpenVinoText
+from services.inference.backends.score import Logprobs, Scorer
 from services.inference.backends.sinks import FINAL, RequestSink, SessionSink
 from services.inference.backends.spans import EngineSpans, forwarded_traceparent
 from services.inference.tokens import Detokenizer
@@ -44,17 +45,17 @@ class TritonPythonModel:
         self._spec: TextSpec = spec
         self._secret = Path(parameters["session_secret_file"]).read_text()
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        scheduler = og.SchedulerConfig()
-        scheduler.cache_size = int(parameters["kv_cache_gib"])
-        scheduler.max_num_seqs = int(parameters["max_sequences"])
-        scheduler.enable_prefix_caching = True
-        self._pipeline = og.ContinuousBatchingPipeline(str(folder / spec.weights), scheduler, "CPU")
         self._spans = EngineSpans(parameters.get("otlp_endpoint", ""), config["name"])
-        self._engine = Engine(self._pipeline, self._add, pb_utils.Logger.log_error)
+        cache, most = int(parameters["kv_cache_gib"]), int(parameters["max_sequences"])
+        self._engine = Engine(lambda: OpenVinoText(folder, spec, cache, most), pb_utils.Logger.log_error)
         self._sessions: dict[str, SessionSink] = {}
+        self._folder = folder
+        self._scorer: Scorer | None = None  # with the first text to score
 
     def finalize(self) -> None:
         self._engine.close()
+        if self._scorer is not None:
+            self._scorer.close()
         self._spans.close()
 
     def execute(self, requests: list[Any]) -> None:
@@ -86,11 +87,37 @@ class TritonPythonModel:
             self._check(command.job)
             sink.begin(command.key, command.traceparent, len(command.job.input_ids))
             self._submit(command.job, sink)
+        elif command.op == "score" and command.job is not None:
+            self._score(command.job, sender)
+            return
         elif command.op == "cancel":
             self._engine.cancel(sink, command.key)
+            if self._scorer is not None:
+                self._scorer.cancel(command.key)
         else:
             raise ValueError(f'unknown command "{command.op}"')
         sender.send(flags=FINAL)
+
+    def _score(self, job: Job, sender: Any) -> None:
+        self._check_ids(job)
+        if not 2 <= len(job.input_ids) <= self._spec.context_tokens:
+            raise ValueError(f"a text to score has 2 to {self._spec.context_tokens} tokens")
+        if self._scorer is None:
+            if Path(self._spec.weights).suffix != ".xml":
+                raise ValueError("texts are scored with OpenVINO models only: publish the model as one")
+            self._scorer = Scorer(self._folder / self._spec.weights)
+
+        def done(logprobs: Logprobs | None, why: str) -> None:
+            if logprobs is None:
+                answer = pb_utils.InferenceResponse(error=pb_utils.TritonError(why))
+            else:
+                answer = pb_utils.InferenceResponse([pb_utils.Tensor(wire.LOGPROBS, logprobs)])
+            sender.send(answer, flags=FINAL)
+
+        try:
+            self._scorer.submit(job.key, job.input_ids, done)
+        except queue.Full as err:
+            raise ValueError("too many texts wait to be scored; try again later") from err
 
     def _on_plain(self, request: Any, sender: Any) -> None:
         text = _string(request, "text_input")
@@ -103,39 +130,26 @@ class TritonPythonModel:
         self._submit(job, RequestSink(sender, Detokenizer(self._tokenizer), span))
 
     def _check(self, job: Job) -> None:
-        """Raises ValueError. The engine itself would compute nonsense for a token it does not know."""
-        if not job.input_ids:
-            raise ValueError("the prompt is empty")
-        if min(job.input_ids) < 0 or max(job.input_ids) >= self._spec.vocabulary:
-            raise ValueError(f"token ids are 0 to {self._spec.vocabulary - 1}")
+        """Raises ValueError."""
+        self._check_ids(job)
         if len(job.input_ids) + job.sampling.max_tokens > self._spec.context_tokens:
             raise ValueError(
                 f"prompt ({len(job.input_ids)} tokens) and max_tokens ({job.sampling.max_tokens}) "
                 f"exceed the context of {self._spec.context_tokens} tokens"
             )
 
+    def _check_ids(self, job: Job) -> None:
+        """Raises ValueError. The engine itself would compute nonsense for a token it does not know."""
+        if not job.input_ids:
+            raise ValueError("the prompt is empty")
+        if min(job.input_ids) < 0 or max(job.input_ids) >= self._spec.vocabulary:
+            raise ValueError(f"token ids are 0 to {self._spec.vocabulary - 1}")
+
     def _submit(self, job: Job, sink: Sink) -> None:
         try:
             self._engine.submit(job, sink)
         except queue.Full as err:
             raise ValueError("too many requests wait for the engine; try again later") from err
-
-    def _add(self, number: int, job: Job) -> Any:
-        ids = openvino.Tensor(np.array([job.input_ids], dtype=np.int64))
-        return self._pipeline.add_request(number, ids, self._generation_config(job.sampling))
-
-    def _generation_config(self, sampling: Sampling) -> og.GenerationConfig:
-        config = og.GenerationConfig()
-        config.max_new_tokens = sampling.max_tokens
-        config.stop_token_ids = set(self._spec.eos_token_ids)
-        config.do_sample = sampling.temperature > 0
-        if config.do_sample:
-            config.temperature = sampling.temperature
-            config.top_p = sampling.top_p
-            config.rng_seed = sampling.seed
-            if sampling.top_k:
-                config.top_k = sampling.top_k
-        return config
 
 
 def _text_response(text: str) -> Any:
@@ -162,6 +176,10 @@ def _sampling(raw: str | None) -> Sampling:
             top_p=float(given.get("top_p", 1.0)),
             top_k=int(given.get("top_k", 0)),
             seed=int(given.get("seed", 0)),
+            min_p=float(given.get("min_p", 0.0)),
+            repetition_penalty=float(given.get("repetition_penalty", 1.0)),
+            presence_penalty=float(given.get("presence_penalty", 0.0)),
+            frequency_penalty=float(given.get("frequency_penalty", 0.0)),
         )
     except (ValueError, TypeError, AttributeError, OverflowError) as err:
         raise ValueError(f'input "sampling_parameters": {err}') from err

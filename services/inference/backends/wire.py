@@ -8,28 +8,51 @@ may send tensors to the model, but only inference may speak for many clients.
     {"op": "open", "id": "…"}                      answered by `step` tensors until the stream ends
     {"op": "submit", "id": "…", "key": 7, "input_ids": […], "sampling": {…}, "traceparent": "00-…"}
     {"op": "cancel", "id": "…", "key": 7}          both answered once, empty or with an error
+    {"op": "score", "id": "…", "key": 8, "input_ids": […]}    answered once by `logprobs`, FP32 [tokens - 1]
     {"op": "stats", "id": ""}                      answered by `text_output`: engine.Counts as JSON
 
-`step` is INT32 [n, 3]: rows of (key, token id or NO_TOKEN, Finish).
+`step` is INT32 [n, 4]: rows of (key, token id or NO_TOKEN, Finish, bits of the FP32 log-probability). Without
+rows it says that the engine works.
 """
 
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from services.inference.backends.engine import Job, Sampling
+from services.inference.backends.engine import Finish, Grammar, GrammarKind, Job, Sampling
 
 SESSION = "session"
 STEP = "step"
+LOGPROBS = "logprobs"
+COLUMNS = 4
 NO_TOKEN = -1
 MAX_KEY = 2**31 - 1  # `step` is INT32
+
+Row: TypeAlias = tuple[int, int, int, int]
+_FLOAT, _INT = struct.Struct("<f"), struct.Struct("<i")
+
+
+def rows(key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[float]) -> Iterator[Row]:
+    """What a step made for one sequence."""
+    for index, token in enumerate(tokens):
+        bits = _INT.unpack(_FLOAT.pack(logprobs[index]))[0] if logprobs else 0
+        yield key, token, Finish.NONE, bits
+    if finish:
+        yield key, NO_TOKEN, finish, 0
+
+
+def logprob(bits: int) -> float:
+    """The number that `rows` has put into a row."""
+    return float(_FLOAT.unpack(_INT.pack(bits))[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One of the requests above; `job` is set for a submit."""
+    """One of the requests above; `job` is set for a submit and a score."""
 
     op: str
     session: str
@@ -48,8 +71,9 @@ def dump(command: Command) -> bytes:
     }
     if command.job is not None:
         body["input_ids"] = list(command.job.input_ids)
-        body["sampling"] = asdict(command.job.sampling)
-        body["traceparent"] = command.traceparent
+        if command.op == "submit":
+            body["sampling"] = asdict(command.job.sampling)
+            body["traceparent"] = command.traceparent
     return json.dumps(body, separators=(",", ":")).encode()
 
 
@@ -62,8 +86,16 @@ def load(raw: bytes) -> Command:
         if not 0 <= key <= MAX_KEY:
             raise ValueError(f"key: 0 to {MAX_KEY}")
         job = None
-        if op == "submit":
-            job = Job(key, [int(i) for i in body["input_ids"]], Sampling(**body["sampling"]))
+        if op in ("submit", "score"):
+            sampling = _sampling(body["sampling"]) if op == "submit" else Sampling(max_tokens=1)
+            job = Job(key, [int(i) for i in body["input_ids"]], sampling)
         return Command(op, session, secret, key, job, str(body.get("traceparent", "")))
     except (KeyError, TypeError, AttributeError, OverflowError) as err:
         raise ValueError(f"not a session command: {err!r}") from err
+
+
+def _sampling(body: dict[str, Any]) -> Sampling:
+    grammar = body.pop("grammar", None)
+    if grammar is not None:
+        grammar = Grammar(GrammarKind(grammar["kind"]), str(grammar["text"]))
+    return Sampling(**body, grammar=grammar)
