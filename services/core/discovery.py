@@ -98,6 +98,7 @@ class Version:
     evaluation: Mapping[str, float] = field(default_factory=dict)
     offline: bool = False
     """Retired or rejected: nobody loads it."""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +377,7 @@ def to_model(record: models_pb2.Model) -> Model:
             v.golden_examples,
             dict(v.evaluation),
             v.stage in (models_pb2.STAGE_RETIRED, models_pb2.STAGE_REJECTED),
+            dict(v.labels),
         )
         for v in record.versions
     )

@@ -148,7 +148,10 @@ class PermissionDenied(LingquError):
 class QueueFull(LingquError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
-    retry_after_s = 1.0
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class MessageTooLarge(LingquError):

@@ -21,6 +21,10 @@ SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # By default gRPC cancels calls at random from 1000 on that it could not hand over yet: whom we refuse is
+    # to be told so, by InFlightLimit or by a queue.
+    ("grpc.server.max_pending_requests", 65_536),
+    ("grpc.server.max_pending_requests_hard_limit", 65_536),
 ]
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -30,7 +34,8 @@ CHANNEL_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # Not keepalive_timeout_ms: with grpcio 1.81 and later that alone did not end a call in 30 s.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),  # the parts of a suite reach each other directly
 ]

@@ -1,11 +1,11 @@
-"""Tracing set-up. No global instrumentors: spans are made where the code says so."""
+"""Tracing and metering set-up. No global instrumentors: spans and figures are made where the code says so."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 from opentelemetry.propagate import inject
 
 
@@ -30,6 +30,27 @@ def tracing(service: str, otlp_endpoint: str) -> Iterator[trace.Tracer]:
         yield provider.get_tracer(service)
     finally:
         provider.shutdown()
+
+
+@contextmanager
+def metering(service: str, otlp_endpoint: str, every_s: float = 5.0) -> Iterator[metrics.Meter]:
+    """A meter that exports by OTLP/gRPC to `otlp_endpoint` ("host:port"), or, if that is empty, one that
+    measures nothing."""
+    if not otlp_endpoint:
+        yield metrics.NoOpMeterProvider().get_meter(service)
+        return
+    from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+    from opentelemetry.sdk.resources import Resource
+
+    exporter = OTLPMetricExporter(endpoint=otlp_endpoint, insecure=True, timeout=2)
+    reader = PeriodicExportingMetricReader(exporter, export_interval_millis=every_s * 1000)
+    provider = MeterProvider([reader], Resource.create({"service.name": service}))
+    try:
+        yield provider.get_meter(service)
+    finally:
+        provider.shutdown(timeout_millis=2_000)
 
 
 def current_traceparent() -> str:

@@ -56,7 +56,8 @@ class Limits:
 
 
 class Agent:
-    """`served` is what requests may use; `announce` is told every change of the states."""
+    """`served` is what requests may use; `announce` is told every change of the states; `busy` says whether
+    requests for a version run or wait."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Agent:
         limits: Limits,
         machine: Machine,
         announce: Callable[[Iterable[Hosted]], None],
+        busy: Callable[[VersionKey], bool] = lambda key: False,
     ) -> None:
         self._triton = triton
         self._store = store
@@ -73,6 +75,7 @@ class Agent:
         self._limits = limits
         self._machine = machine
         self._announce = announce
+        self._busy = busy
         self._states: dict[VersionKey, Hosted] = {}
         self._leaving: dict[VersionKey, float] = {}  # since when; still loaded, announced no more
         self._loads: dict[VersionKey, asyncio.Task[None]] = {}
@@ -221,7 +224,7 @@ class Agent:
     async def _retire(self, key: VersionKey) -> None:
         """Nobody wants the version, nobody is sent here for it any more: finish what runs, then unload."""
         model = self.served.get(key)
-        if isinstance(model, TextModel) and model.session.in_flight:
+        if self._busy(key) or (isinstance(model, TextModel) and model.session.in_flight):
             return  # looked at again in POLL_S
         if (load := self._loads.pop(key, None)) is not None:
             load.cancel()

@@ -16,8 +16,12 @@ from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Addresses, Labels, Settings, Trusted
 from services.core.tasks import background
-from services.core.telemetry import tracing
+from services.core.telemetry import metering, tracing
+from services.inference.admission import Admission
 from services.inference.agent import Agent, Limits
+from services.inference.answers import Answers
+from services.inference.figures import Figures
+from services.inference.generation import Generation
 from services.inference.placement import desired
 from services.inference.repository import Repository
 from services.inference.requirements import Machine
@@ -48,12 +52,20 @@ class InferenceSettings(Settings):
     """Memory of a text engine's KV cache, GiB."""
     max_sequences: int = 256
     """Sequences of one text model in progress at once; more are refused with RESOURCE_EXHAUSTED."""
+    slots: int = Field(64, ge=1)
+    """Requests of one version that run at once, each of n candidates counting n times; others wait."""
+    queue: int = Field(512, ge=0)
+    """Requests of one version that wait; more are refused with RESOURCE_EXHAUSTED and RetryInfo."""
+    answers_mib: int = Field(64, ge=0)
+    """Memory for answers that are kept to be given again, MiB; 0: none are kept."""
 
 
 @asynccontextmanager
 async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(tracing("lingqu-inference", cfg.otlp_endpoint))
+        figures = Figures(stack.enter_context(metering("lingqu-inference", cfg.otlp_endpoint)))
+        admission = Admission(min(cfg.slots, cfg.max_sequences), cfg.queue, figures)
         registry, triton = Registry(cfg.registry), Triton(cfg.triton)
         stack.push_async_callback(registry.close)
         stack.push_async_callback(triton.close)
@@ -83,6 +95,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             Limits(cfg.max_sequences),
             machine,
             registration.update,
+            admission.busy,
         )
         stack.push_async_callback(agent.close)
         follow = _follow(agent, models, replicas, registration, changed)
@@ -91,7 +104,9 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
 
         server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
         routing = Routing(lambda: models.items if models.synced.is_set() else None, agent.served)
-        add_InferenceServiceServicer_to_server(Inference(routing), server)
+        generation = Generation(admission, Answers(cfg.answers_mib << 20), figures, routing.labels)
+        add_InferenceServiceServicer_to_server(Inference(routing, generation, admission), server)
+        await stack.enter_async_context(generation.serving(lambda: agent.served))
         await stack.enter_async_context(serving(server, cfg.inference_listen, [SERVICE], cfg.grace_s))
         # Known to others last, forgotten by them first.
         stack.push_async_callback(registration.withdraw)

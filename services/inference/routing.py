@@ -33,3 +33,9 @@ class Routing:
         if served is None:
             raise BackendUnavailable(f'version {number} of "{name}" is being loaded on this replica')
         return served
+
+    def labels(self, key: VersionKey) -> Mapping[str, str]:
+        """Those that the version has in the registry."""
+        known = (self._models() or {}).get(key.model)
+        versions = () if known is None else known.versions
+        return next((version.labels for version in versions if version.key == key), {})

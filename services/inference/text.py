@@ -77,6 +77,14 @@ class Delta:
     cached: bool = False
 
 
+@dataclass(slots=True)
+class Tally:
+    """What a generation has read and made so far, for who has to know it of an answer that was cut short."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
     """The scored tokens of a text, and how many were read, prefix included."""
@@ -102,7 +110,7 @@ class TextModel:
         if self._grammars is not None:
             await self._grammars.close()
 
-    async def generate(self, job: GenerateJob) -> AsyncGenerator[Delta, None]:
+    async def generate(self, job: GenerateJob, tally: Tally | None = None) -> AsyncGenerator[Delta, None]:
         """Deltas of whole characters; nothing behind a stop string. Leaving early stops the engine.
 
         Raises InvalidInput, QueueFull, BackendUnavailable."""
@@ -114,18 +122,19 @@ class TextModel:
             self._candidate(index, prompt, replace(sampling, seed=(sampling.seed + index) % 2**64), job.stop)
             for index in range(job.n)
         ]
-        produced = 0
+        tally = tally or Tally()
+        tally.prompt_tokens = len(prompt)
         last: Delta | None = None
         async with aclosing(interleaved(pieces)) as deltas:
             async for delta, tokens in deltas:
-                produced += tokens
+                tally.completion_tokens += tokens
                 if last is not None:
                     yield last
                 last = delta if delta.finish else None
                 if last is None and (delta.text or delta.logprobs):
                     yield delta
         if last is not None:
-            yield replace(last, prompt_tokens=len(prompt), completion_tokens=produced)
+            yield replace(last, prompt_tokens=len(prompt), completion_tokens=tally.completion_tokens)
 
     async def _candidate(
         self, index: int, prompt: list[int], sampling: Sampling, stop: Sequence[str]

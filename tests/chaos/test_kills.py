@@ -64,7 +64,7 @@ class Load:
                         await client.embed(VECTOR_MODEL, [f"text {self.done['embed']}"])
                         self.done["embed"] += 1
                     else:
-                        answer = await client.generate(TEXT_MODEL, "The canal", max_tokens=8)
+                        answer = await client.generate(TEXT_MODEL, "The canal", max_tokens=8, no_cache=True)
                         assert answer.usage.completion_tokens == 8
                         self.done["generate"] += 1
                 except lingqu.LingquError as error:

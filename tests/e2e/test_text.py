@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,12 +18,9 @@ from bench.suite import Suite
 from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from pipeline.bundled import TEXT_MODEL, VECTOR_MODEL
-from services.core.discovery import VersionKey
 from services.gateway.keys import AUDIENCE, ISSUER, KeyRing
 from services.inference.artifact import Manifest
-from services.inference.backends import wire
-from services.inference.triton import Triton, command_request
-from tests.waiting import until
+from tests.engine import idle
 
 PROMPT = "The canal joined two rivers and"
 
@@ -47,8 +43,9 @@ async def refused(suite: Suite, key: str | None = None, **fields: Any) -> lingqu
 async def test_greedy_text_is_the_engines_own(client: lingqu.Client, artifacts: dict[str, Path]) -> None:
     """The golden tokens were computed by the engine alone; here they come through every part."""
     for golden in Manifest.read(artifacts[TEXT_MODEL]).golden_texts:
-        answer = await client.generate(TEXT_MODEL, golden.prompt, max_tokens=len(golden.token_ids))
-        again = await client.generate(TEXT_MODEL, golden.prompt, max_tokens=len(golden.token_ids))
+        length = len(golden.token_ids)
+        answer = await client.generate(TEXT_MODEL, golden.prompt, max_tokens=length, no_cache=True)
+        again = await client.generate(TEXT_MODEL, golden.prompt, max_tokens=length, no_cache=True)
         assert answer == again
         assert answer.usage.prompt_tokens == len(golden.prompt_ids)
         assert answer.usage.completion_tokens == len(golden.token_ids)
@@ -58,7 +55,7 @@ async def test_greedy_text_is_the_engines_own(client: lingqu.Client, artifacts: 
 
 async def test_a_stream_adds_up_to_the_whole(client: lingqu.Client) -> None:
     whole = await client.generate(TEXT_MODEL, PROMPT, max_tokens=20)
-    chunks = [chunk async for chunk in client.stream(TEXT_MODEL, PROMPT, max_tokens=20)]
+    chunks = [chunk async for chunk in client.stream(TEXT_MODEL, PROMPT, max_tokens=20, no_cache=True)]
     assert "".join(chunk.text for chunk in chunks) == whole.text
     assert len(chunks) > 5
     assert all(not c.finish_reason and not c.HasField("usage") for c in chunks[:-1])
@@ -80,13 +77,15 @@ async def test_stop_strings_end_the_text(client: lingqu.Client) -> None:
     answer = await client.generate(TEXT_MODEL, PROMPT, max_tokens=60, stop=[stop])
     assert answer.text == whole[: whole.index(stop)]
     assert answer.finish_reason == pb.FINISH_REASON_STOP
-    streamed = [c.text async for c in client.stream(TEXT_MODEL, PROMPT, max_tokens=60, stop=[stop])]
+    fields = {"max_tokens": 60, "stop": [stop], "no_cache": True}
+    streamed = [c.text async for c in client.stream(TEXT_MODEL, PROMPT, **fields)]
     assert "".join(streamed) == answer.text
 
 
 async def test_sampling_is_seeded(client: lingqu.Client) -> None:
     def sampled(seed: int) -> Any:
-        return client.generate(TEXT_MODEL, PROMPT, max_tokens=24, temperature=1.2, top_p=0.95, seed=seed)
+        drawn = {"temperature": 1.2, "top_p": 0.95, "seed": seed, "no_cache": True}
+        return client.generate(TEXT_MODEL, PROMPT, max_tokens=24, **drawn)
 
     one, same, other = [(await sampled(seed)).text for seed in (1, 1, 2)]
     assert one == same
@@ -197,34 +196,6 @@ async def test_no_header_of_a_client_chooses_version_or_model(suite: Suite) -> N
 
 
 # --- When nobody waits any more -----------------------------------------------------------------------
-
-
-async def engine_counts(suite: Suite) -> dict[str, int]:
-    """What the text engine has done so far, asked of it in Triton."""
-    engine = Triton(suite.triton)
-    secret = (suite.layout.state / "triton" / "session.secret").read_text()
-
-    async def requests() -> AsyncIterator[Any]:
-        yield command_request(
-            VersionKey(TEXT_MODEL, 1), "stats", wire.dump(wire.Command("stats", "", secret))
-        )
-
-    async for answer in engine.stream(requests()):
-        raw = answer.infer_response.raw_output_contents[0]
-        await engine.close()
-        counts: dict[str, int] = json.loads(raw[4:])
-        return counts
-    raise AssertionError("no answer")
-
-
-async def idle(suite: Suite) -> int:
-    """Wait until the engine computes nothing; the tokens it has made by then."""
-
-    async def ended() -> dict[str, int] | None:
-        counts = await engine_counts(suite)
-        return counts if not counts["sequences"] else None
-
-    return (await until(ended, "the engine is idle", timeout_s=10))["tokens"]
 
 
 async def test_a_client_that_goes_away_stops_the_engine(suite: Suite, client: lingqu.Client) -> None:

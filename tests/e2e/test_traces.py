@@ -1,4 +1,5 @@
-"""One trace from the client through Envoy and inference into Triton, seen by a real OTLP collector."""
+"""One trace from the client through Envoy and inference into Triton, and the figures of what was done, as a
+real OTLP collector gets them."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from bench import suite as suites
@@ -19,6 +21,7 @@ from bench.suite import Suite
 from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from pipeline.bundled import TEXT_MODEL, VECTOR_MODEL
+from services.inference.figures import CACHE_HITS, CACHE_JOINED, COUNTERS, GAUGES, QUEUE_TIME
 from tests.conftest import free_offset, show_logs
 from tests.waiting import until
 
@@ -36,6 +39,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[mi
     """Takes spans by OTLP/gRPC and keeps them by trace."""
 
     traces: dict[str, list[Span]] = field(default_factory=dict)
+    figures: Figures = field(default_factory=lambda: Figures())
 
     async def Export(self, request: Any, context: Any) -> Any:
         for resource in request.resource_spans:
@@ -48,10 +52,27 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[mi
         return trace_service_pb2.ExportTraceServiceResponse()
 
 
+@dataclass
+class Figures(metrics_service_pb2_grpc.MetricsServiceServicer):  # type: ignore[misc]
+    """Takes figures by OTLP/gRPC and keeps the last value of each series."""
+
+    values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = field(default_factory=dict)
+
+    async def Export(self, request: Any, context: Any) -> Any:
+        scopes = (scope for resource in request.resource_metrics for scope in resource.scope_metrics)
+        for metric in (m for scope in scopes for m in scope.metrics):
+            for point in (*metric.sum.data_points, *metric.gauge.data_points, *metric.histogram.data_points):
+                labels = tuple(sorted((a.key, a.value.string_value) for a in point.attributes))
+                value = getattr(point, "count", 0) or point.as_double or point.as_int
+                self.values[metric.name, labels] = value
+        return metrics_service_pb2.ExportMetricsServiceResponse()
+
+
 @pytest.fixture(scope="module")
 async def collector() -> AsyncIterator[tuple[Collector, str]]:
     server = grpc.aio.server()
     collector = Collector()
+    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(collector.figures, server)
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -92,7 +113,7 @@ async def test_generate_is_one_trace(traced: Suite, collector: tuple[Collector, 
     trace, root, traceparent = new_context()
     metadata = (("authorization", f"Bearer {traced.key}"), ("traceparent", traceparent))
     async with grpc.aio.insecure_channel(traced.public) as channel:
-        request = pb.GenerateRequest(model=TEXT_MODEL, prompt="The canal", max_tokens=4)
+        request = pb.GenerateRequest(model=TEXT_MODEL, prompt="The canal", max_tokens=4, no_cache=True)
         call: Any = InferenceServiceStub(channel).StreamGenerate(request, metadata=metadata, timeout=20)
         while await call.read() is not grpc.aio.EOF:
             continue
@@ -132,7 +153,7 @@ async def test_what_the_caller_does_not_sample_is_not_exported(
         stub = InferenceServiceStub(channel)
         for traceparent in (unsampled, sampled):
             metadata = (("authorization", f"Bearer {traced.key}"), ("traceparent", traceparent))
-            request = pb.GenerateRequest(model=TEXT_MODEL, prompt="The canal", max_tokens=2)
+            request = pb.GenerateRequest(model=TEXT_MODEL, prompt="The canal", max_tokens=2, no_cache=True)
             await stub.Generate(request, metadata=metadata, timeout=20)
     await chain(collector[0], trace, root, 3)
     assert silent not in collector[0].traces
@@ -147,3 +168,27 @@ async def test_a_failed_call_is_a_failed_span(traced: Suite, collector: tuple[Co
             await InferenceServiceStub(channel).Generate(request, metadata=metadata, timeout=20)
     spans = await chain(collector[0], trace, root, 2)
     assert [span.service for span in spans] == ["lingqu-gateway", "lingqu-inference"]
+
+
+async def test_tokens_that_nobody_got_are_told(traced: Suite, collector: tuple[Collector, str]) -> None:
+    metadata = (("authorization", f"Bearer {traced.key}"),)
+    async with grpc.aio.insecure_channel(traced.public) as channel:
+        request = pb.GenerateRequest(model=TEXT_MODEL, prompt="Count: 1 2 3 4", max_tokens=4000)
+        call: Any = InferenceServiceStub(channel).StreamGenerate(request, metadata=metadata, timeout=20)
+        for _ in range(10):
+            await call.read()
+        call.cancel()
+
+    def told() -> float:
+        names = {name for name, _ in collector[0].figures.values}
+        wasted = (
+            "lingqu.inference.tokens.wasted",
+            (("model", TEXT_MODEL), ("outcome", "cancelled"), ("version", "1")),
+        )
+        everything = {*COUNTERS, *GAUGES, QUEUE_TIME} - {
+            CACHE_HITS,
+            CACHE_JOINED,
+        }  # what did not happen is not told
+        return everything <= names and collector[0].figures.values.get(wasted, 0)
+
+    assert 10 <= await until(told, f"all figures; there are {collector[0].figures.values}", 20) < 400
