@@ -19,6 +19,7 @@ from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.inference.agent import Agent, Limits
 from services.inference.placement import desired
+from services.inference.quarantine import Quarantine
 from services.inference.repository import Repository
 from services.inference.requirements import Machine
 from services.inference.routing import Routing
@@ -48,6 +49,10 @@ class InferenceSettings(Settings):
     """Memory of a text engine's KV cache, GiB."""
     max_sequences: int = 256
     """Sequences of one text model in progress at once; more are refused with RESOURCE_EXHAUSTED."""
+    engine_timeout_s: float = Field(30.0, gt=0)
+    """How long an engine that has work may say nothing before it is taken for hung and ended."""
+    forget_quarantine: bool = False
+    """Try versions again that were quarantined."""
 
 
 @asynccontextmanager
@@ -76,13 +81,17 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             "otlp_endpoint": cfg.otlp_endpoint,
         }
         store = Store(cfg.artifacts, cfg.trusted_keys)
+        quarantine = Quarantine(cfg.model_repository.absolute().parent / "quarantine.json")
+        if cfg.forget_quarantine:
+            quarantine.forget_all()
         agent = Agent(
             triton,
             store,
             Repository(cfg.model_repository, parameters),
-            Limits(cfg.max_sequences),
+            Limits(cfg.max_sequences, cfg.kv_cache_gib << 30, cfg.engine_timeout_s),
             machine,
             registration.update,
+            quarantine,
         )
         stack.push_async_callback(agent.close)
         follow = _follow(agent, models, replicas, registration, changed)

@@ -31,7 +31,7 @@ class Repository:
     know inference by; it outlives a restart, so that they need not be loaded again for it."""
 
     def __init__(self, root: Path, parameters: dict[str, str]) -> None:
-        self._root = root.resolve()
+        self.root = self._root = root.resolve()
         self._root.mkdir(parents=True, exist_ok=True)
         file = self._root.parent / "session.secret"
         if not file.is_file():

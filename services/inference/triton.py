@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2_grpc
 from services.core.discovery import VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
 from services.core.lifecycle import CHANNEL_OPTIONS
+from services.inference.watchdog import Pulse
 
 _DATATYPES = {"int32": "INT32", "int64": "INT64", "float32": "FP32"}
 _DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
@@ -31,10 +32,15 @@ class Triton:
     def __init__(self, address: str) -> None:
         self.address = address
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._pulses: dict[VersionKey, Pulse] = {}
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def close(self) -> None:
         await self._channel.close()
+
+    def pulse(self, key: VersionKey) -> Pulse:
+        """When a version was last heard of, of the requests that `infer` sent."""
+        return self._pulses.setdefault(key, Pulse())
 
     async def ready_versions(self) -> set[VersionKey]:
         """What Triton serves now. Raises BackendUnavailable if it is gone, DeadlinePassed if it is slow."""
@@ -81,7 +87,8 @@ class Triton:
             request.raw_input_contents.append(np.ascontiguousarray(array).tobytes())
         metadata = (("traceparent", traceparent),) if traceparent else ()
         try:
-            answer = await self._stub.ModelInfer(request, timeout=timeout, metadata=metadata)
+            with self.pulse(key):
+                answer = await self._stub.ModelInfer(request, timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as err:
             raise _translated(key, err) from err
         for index, tensor in enumerate(answer.outputs):
