@@ -174,19 +174,20 @@ class Agent:
 
     async def _end_broken(self, answering: set[VersionKey] | None) -> None:
         """End engines that died or hang, and have them loaded again. `answering`: what Triton has, if it
-        answers; when it died, its models died with it and are not to blame."""
+        answers."""
         broken = self._watchdog.broken()
         if not broken or answering is None:
             return
         try:
-            answering = await self._triton.ready_versions()  # after the engines were looked at
+            await self._triton.ready_versions()  # after the engines were looked at
         except LingquError:
             return
+        blameless = await asyncio.to_thread(self._watchdog.triton_ended)
         for key, why in broken.items():
             self._watchdog.end(key)
             model = self.served.pop(key, None) or self._proving.get(key)
             self._broken.add(key)
-            if (version := self._records.get(key)) is not None:
+            if (version := self._records.get(key)) is not None and not blameless:
                 self._quarantine.strike(version, why)
             if isinstance(model, TextModel):
                 model.session.lose(why)

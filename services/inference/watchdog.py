@@ -64,7 +64,7 @@ class Watchdog:
         found = await asyncio.to_thread(self._processes.of, key)
         self._watched[key] = _Watched(silent_s, found)
         if found:
-            self._triton = found[0].parent()
+            self._triton = await asyncio.to_thread(found[0].parent)
 
     def forget(self, key: VersionKey) -> list[psutil.Process]:
         """Returns its processes."""
@@ -81,6 +81,11 @@ class Watchdog:
             elif silent > self._timeout_s:
                 found[key] = f"it has not answered for {silent:.0f} s"
         return found
+
+    def triton_ended(self) -> bool:
+        """Whether the Triton that the engines belonged to is gone; another may answer in its place already. Its
+        models died with it, and are not to blame."""
+        return self._triton is not None and ended(self._triton)
 
     def end(self, key: VersionKey) -> None:
         """Kill what runs the version and forget it."""
