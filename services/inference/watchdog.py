@@ -83,8 +83,8 @@ class Watchdog:
         return found
 
     def triton_ended(self) -> bool:
-        """Whether the Triton that the engines belonged to is gone; another may answer in its place already. Its
-        models died with it, and are not to blame."""
+        """Whether the Triton that the engines belonged to is gone; another may answer in its place already.
+        Its models died with it, and are not to blame."""
         return self._triton is not None and ended(self._triton)
 
     def end(self, key: VersionKey) -> None:
