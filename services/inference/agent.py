@@ -183,11 +183,12 @@ class Agent:
         except LingquError:
             return
         blameless = await asyncio.to_thread(self._watchdog.triton_ended)
-        for key, why in broken.items():
+        for key, found in broken.items():
+            why = found.why
             self._watchdog.end(key)
             model = self.served.pop(key, None) or self._proving.get(key)
             self._broken.add(key)
-            if (version := self._records.get(key)) is not None and not blameless:
+            if (version := self._records.get(key)) is not None and found.blame and not blameless:
                 self._quarantine.strike(version, why)
             if isinstance(model, TextModel):
                 model.session.lose(why)
@@ -302,8 +303,8 @@ class Agent:
             finally:
                 del self._proving[key]
             return text
-        pulse = self._triton.pulse(key)
-        await self._watchdog.watch(key, lambda: pulse.silent_s)
+        pulse = self._triton.new_pulse(key)
+        await self._watchdog.watch(key, lambda: pulse.silent_s, lambda: pulse.ill)
         if manifest.vector is not None:
             vectors = VectorModel(key, manifest.vector, folder, self._triton)
             self._proving[key] = vectors

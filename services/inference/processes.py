@@ -45,6 +45,14 @@ def ended(process: psutil.Process) -> bool:
         return True
 
 
+def stopped(process: psutil.Process) -> bool:
+    """By a signal or a debugger."""
+    try:
+        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def kill(processes: list[psutil.Process]) -> None:
     """SIGKILL, which ends a stopped process as well."""
     for process in processes:

@@ -22,6 +22,7 @@ from services.inference.watchdog import Pulse
 _DATATYPES = {"int32": "INT32", "int64": "INT64", "float32": "FP32"}
 _DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
 LOAD_TIMEOUT_S = 600.0
+UNHEALTHY = "is not healthy"  # what Triton says of a model's process that died or does not react
 
 
 class LoadFailed(Exception):
@@ -41,6 +42,11 @@ class Triton:
     def pulse(self, key: VersionKey) -> Pulse:
         """When a version was last heard of, of the requests that `infer` sent."""
         return self._pulses.setdefault(key, Pulse())
+
+    def new_pulse(self, key: VersionKey) -> Pulse:
+        """Of a version that was just loaded: nothing that was before counts."""
+        self._pulses[key] = Pulse()
+        return self._pulses[key]
 
     async def ready_versions(self) -> set[VersionKey]:
         """What Triton serves now. Raises BackendUnavailable if it is gone, DeadlinePassed if it is slow."""
@@ -86,10 +92,14 @@ class Triton:
             tensor.shape.extend(array.shape)
             request.raw_input_contents.append(np.ascontiguousarray(array).tobytes())
         metadata = (("traceparent", traceparent),) if traceparent else ()
+        pulse = self.pulse(key)
         try:
-            with self.pulse(key):
+            with pulse:
                 answer = await self._stub.ModelInfer(request, timeout=timeout, metadata=metadata)
+                pulse.heard()
         except grpc.aio.AioRpcError as err:
+            if UNHEALTHY in (err.details() or ""):
+                pulse.complain()
             raise _translated(key, err) from err
         for index, tensor in enumerate(answer.outputs):
             if tensor.name == output:
@@ -115,4 +125,6 @@ def _translated(key: VersionKey, err: grpc.aio.AioRpcError) -> LingquError:
         return DeadlinePassed(f"{key} did not answer before the deadline")
     if err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
         return BackendUnavailable(f"{key} is not available in Triton at the moment")
+    if UNHEALTHY in (err.details() or ""):
+        return BackendUnavailable(f"the process of {key} in Triton does not react; it is started again")
     return LingquError(f"{key} failed in Triton: {err.details()}")

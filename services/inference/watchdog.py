@@ -15,18 +15,22 @@ from dataclasses import dataclass, field
 import psutil
 
 from services.core.discovery import VersionKey
-from services.inference.processes import Processes, ended, kill
+from services.inference.processes import Processes, ended, kill, stopped
 
 log = logging.getLogger(__name__)
 
 
+ILL_S = 2.0  # a busy machine may fail Triton's look at a process; then something else is heard of it soon
+
+
 class Pulse:
-    """When work that was given to an engine was last heard of."""
+    """When an engine that has work was last heard of, and since when Triton calls its process ill."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._waiting = 0
         self._heard = clock()
+        self._ill_since: float | None = None
 
     def __enter__(self) -> None:
         if not self._waiting:
@@ -35,7 +39,21 @@ class Pulse:
 
     def __exit__(self, *_: object) -> None:
         self._waiting -= 1
+
+    def heard(self) -> None:
+        """The engine answered; that somebody stopped waiting is no sign of life."""
         self._heard = self._clock()
+        self._ill_since = None
+
+    def complain(self) -> None:
+        """Triton said that the process is not healthy."""
+        if self._ill_since is None:
+            self._ill_since = self._clock()
+
+    @property
+    def ill(self) -> bool:
+        """Whether that is some time ago, and nothing better was heard since."""
+        return self._ill_since is not None and self._clock() - self._ill_since >= ILL_S
 
     @property
     def silent_s(self) -> float:
@@ -43,9 +61,18 @@ class Pulse:
         return self._clock() - self._heard if self._waiting else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """An engine to be replaced. `blame`: it is likely the version's own fault, and no busy machine's."""
+
+    why: str
+    blame: bool = True
+
+
 @dataclass(slots=True)
 class _Watched:
     silent_s: Callable[[], float]
+    ill: Callable[[], bool]
     processes: list[psutil.Process] = field(default_factory=list)
 
 
@@ -59,10 +86,12 @@ class Watchdog:
         self._triton: psutil.Process | None = None
         self._unheard_since: float | None = None
 
-    async def watch(self, key: VersionKey, silent_s: Callable[[], float]) -> None:
+    async def watch(
+        self, key: VersionKey, silent_s: Callable[[], float], ill: Callable[[], bool] = lambda: False
+    ) -> None:
         """From now on. Call it when Triton has loaded the version."""
         found = await asyncio.to_thread(self._processes.of, key)
-        self._watched[key] = _Watched(silent_s, found)
+        self._watched[key] = _Watched(silent_s, ill, found)
         if found:
             self._triton = await asyncio.to_thread(found[0].parent)
 
@@ -71,15 +100,17 @@ class Watchdog:
         watched = self._watched.pop(key, None)
         return watched.processes if watched is not None else []
 
-    def broken(self) -> dict[VersionKey, str]:
-        """What died or hangs, and a sentence on it."""
+    def broken(self) -> dict[VersionKey, Broken]:
+        """What died or hangs."""
         found = {}
         for key, watched in self._watched.items():
-            silent = watched.silent_s()
-            if any(map(ended, watched.processes)):
-                found[key] = "its process in Triton ended"
+            silent, processes = watched.silent_s(), watched.processes
+            if any(map(ended, processes)):
+                found[key] = Broken("its process in Triton ended")
+            elif watched.ill():
+                found[key] = Broken("Triton calls its process not healthy", any(map(stopped, processes)))
             elif silent > self._timeout_s:
-                found[key] = f"it has not answered for {silent:.0f} s"
+                found[key] = Broken(f"it has not answered for {silent:.0f} s")
         return found
 
     def triton_ended(self) -> bool:

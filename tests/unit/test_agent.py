@@ -20,7 +20,7 @@ from pipeline.tensor import package_tensor
 from services.core.discovery import FAILED, LOADING, READY, Hosted, Version, VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed
 from services.inference import agent as agent_module
-from services.inference import reporting
+from services.inference import reporting, watchdog
 from services.inference.agent import Agent, Limits
 from services.inference.processes import STUB, Processes
 from services.inference.quarantine import Quarantine
@@ -28,8 +28,8 @@ from services.inference.repository import Repository
 from services.inference.requirements import Machine
 from services.inference.store import Store
 from services.inference.triton import LoadFailed
-from services.inference.watchdog import Pulse
-from tests.waiting import until
+from services.inference.watchdog import Pulse, Watchdog
+from tests.waiting import pause, until
 
 KEY = VersionKey("echo", 1)
 
@@ -83,7 +83,7 @@ class FakeTriton:
         for key in list(self.processes):
             self.end(key)
 
-    def pulse(self, key: VersionKey) -> Pulse:
+    def new_pulse(self, key: VersionKey) -> Pulse:
         return Pulse()
 
     def __getattr__(self, name: str) -> Any:
@@ -142,6 +142,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_module, "POLL_S", 0.02)
     monkeypatch.setattr(agent_module, "LEAVE_S", 0.0)
+    monkeypatch.setattr(watchdog, "ILL_S", 0.2)
     monkeypatch.setattr(reporting, "EVERY_S", 0.0)
 
 
@@ -297,31 +298,30 @@ async def test_a_truncated_artifact_is_never_loaded(tmp_path: Path, package: Pac
 async def test_a_silent_engine_is_ended_and_loaded_again(tmp_path: Path, package: Package) -> None:
     pulse = Pulse()
     async with at_work(tmp_path, package, engine_timeout_s=0.3) as lab:
-        lab.triton.pulse = lambda key: pulse  # type: ignore[method-assign]
+        lab.triton.new_pulse = lambda key: pulse  # type: ignore[method-assign]
         await lab.until(READY)
         before = lab.triton.processes[KEY]
         lab.said.clear()
         with pulse:  # a request that is not answered
             await until(lambda: before.poll() is not None, "the hung process was ended")
+            lab.triton.new_pulse = lambda key: Pulse()  # type: ignore[method-assign]
         await lab.until(READY)
         assert any("it has not answered for 0 s" in h.detail for h in lab.said)
 
 
 async def test_a_triton_that_answers_nothing_is_ended(tmp_path: Path, package: Package) -> None:
     """For who looks after it to start another."""
-    from services.inference.watchdog import Watchdog
-
     hung = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    watchdog = Watchdog(Processes(tmp_path), 0.2)
-    watchdog._triton = psutil.Process(hung.pid)
-    watchdog.heard(False)
-    watchdog.heard(True)
-    watchdog.heard(False)
+    dog = Watchdog(Processes(tmp_path), 0.2)
+    dog._triton = psutil.Process(hung.pid)
+    dog.heard(False)
+    dog.heard(True)
+    dog.heard(False)
     await asyncio.sleep(0.1)
-    watchdog.heard(False)
+    dog.heard(False)
     assert hung.poll() is None, "it was heard of in between"
     await asyncio.sleep(0.2)
-    watchdog.heard(False)
+    dog.heard(False)
     await asyncio.wait_for(asyncio.to_thread(hung.wait), 5)
 
 
@@ -336,3 +336,36 @@ async def test_how_far_a_fetch_is_is_told_but_not_too_often() -> None:
         seldom(done << 20, 1000 << 20)
     await asyncio.sleep(0)
     assert len(told) == 1
+
+
+async def test_an_engine_that_triton_calls_ill_is_replaced(tmp_path: Path, package: Package) -> None:
+    pulse = Pulse()
+    async with at_work(tmp_path, package) as lab:
+        lab.triton.new_pulse = lambda key: pulse  # type: ignore[method-assign]
+        await lab.until(READY)
+        before = lab.triton.processes[KEY]
+        lab.said.clear()
+        pulse.complain()
+        pulse.heard()
+        await pause(0.3, "once may be a busy machine, if it goes on")
+        assert before.poll() is None
+        pulse.complain()
+        await until(lambda: before.poll() is not None, "it was ended")
+        lab.triton.new_pulse = lambda key: Pulse()  # type: ignore[method-assign]
+        await lab.until(READY)
+        assert not (tmp_path / "triton" / "quarantine.json").exists(), "nobody knows whose fault it was"
+
+
+def test_who_stops_waiting_is_no_sign_of_life() -> None:
+    now = 0.0
+    pulse = Pulse(lambda: now)
+    assert pulse.silent_s == 0
+    with pulse:
+        now = 5.0
+        with pulse:
+            now = 6.0
+        assert pulse.silent_s == 6
+        pulse.heard()
+        now = 7.0
+        assert pulse.silent_s == 1
+    assert pulse.silent_s == 0
