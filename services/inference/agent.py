@@ -26,6 +26,7 @@ from services.inference.repository import Repository
 from services.inference.requirements import Machine, Needs, unmet
 from services.inference.session import Session
 from services.inference.store import ArtifactRefused, ArtifactUnreachable, Store
+from services.inference.tensorrt.plan import BuildFailed, Plans, recipe
 from services.inference.text import TextModel
 from services.inference.triton import LoadFailed, Triton
 from services.inference.vectors import VectorModel
@@ -82,6 +83,7 @@ class Agent:
         announce: Callable[[Iterable[Hosted]], None],
         quarantine: Quarantine | None = None,
         available_bytes: Callable[[], int] = memory.available_bytes,
+        plans: Plans | None = None,
     ) -> None:
         self._triton = triton
         self._store = store
@@ -91,6 +93,7 @@ class Agent:
         self._announce = announce
         self._quarantine = quarantine or Quarantine(repository.root.parent / "quarantine.json")
         self._available_bytes = available_bytes
+        self._plans = plans
         self._processes = Processes(repository.root)
         self._watchdog = Watchdog(self._processes, limits.engine_timeout_s)
         self._proving: dict[VersionKey, Served] = {}
@@ -236,10 +239,11 @@ class Agent:
             self._check(version, manifest.requirements)
             if (claim := unlike(version, manifest)) is not None:
                 raise ArtifactRefused(f"{version.uri} is not what its record says: {claim}")
+            plan = await self._plan(key, folder, manifest)
             async with self._loading:
                 self._note(key, "loading")
                 await self._check_memory(version, folder, manifest)
-                await asyncio.to_thread(self._repository.add, key, folder, manifest)
+                await asyncio.to_thread(self._repository.add, key, folder, manifest, plan)
                 await self._triton_load(version)
             self._broken.add(key)  # until it has answered
             self._note(key, "checking its golden examples")
@@ -259,6 +263,21 @@ class Agent:
             self.served[key] = model
             self._set(Hosted(key, READY))
             log.info("%s: ready", key)
+
+    async def _plan(self, key: VersionKey, folder: Path, manifest: Manifest) -> Path | None:
+        """What TensorRT makes of the artifact for this GPU, built now if it never was. Raises Refused."""
+        spec = manifest.vector
+        if manifest.runtime != "tensorrt" or spec is None:
+            return None
+        if self._plans is None or not self._machine.gpus:
+            raise Refused("its runtime is tensorrt, and this replica builds no plans")
+        gpu, digest = self._machine.gpus[0], manifest.files[spec.weights].sha256
+        of = recipe(digest, ("input_ids", "attention_mask"), spec.max_tokens, gpu, self._plans.version)
+        self._note(key, f"building its engine for {gpu.name} with TensorRT {of.tensorrt}")
+        try:
+            return await asyncio.to_thread(self._plans.get, folder / spec.weights, of, self._store.go_on)
+        except BuildFailed as err:
+            raise Refused(str(err)) from err
 
     async def _check_memory(self, version: Version, folder: Path, manifest: Manifest) -> None:
         """Raises Refused, with figures, if the version would take more memory than there is: the kernel would

@@ -25,6 +25,8 @@ from services.inference.requirements import Machine
 from services.inference.routing import Routing
 from services.inference.service import Inference
 from services.inference.store import Store
+from services.inference.tensorrt.builder import SubprocessBuilder
+from services.inference.tensorrt.plan import Plans
 from services.inference.triton import Triton
 
 SERVICE = "lingqu.inference.v1.InferenceService"
@@ -69,7 +71,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             f"inference-{address.replace(':', '-')}",
             "inference",
             {"grpc": address, "oip": cfg.triton},
-            labels={"fingerprint": machine.fingerprint, **cfg.labels},
+            labels={**machine.labels, **cfg.labels},
         )
         registration = Registration(registry, replica, cfg.instance_ttl_s)
         changed = asyncio.Event()
@@ -92,6 +94,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             machine,
             registration.update,
             quarantine,
+            plans=Plans(cfg.artifacts.absolute().parent / "plans", SubprocessBuilder()),
         )
         stack.push_async_callback(agent.close)
         follow = _follow(agent, models, replicas, registration, changed)
