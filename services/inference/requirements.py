@@ -38,7 +38,7 @@ class Needs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A machine that runs models: versions of its engines by runtime, what kind its processor is, its GPUs."""
+    """A machine that runs models: versions of its engines by runtime, the kind of its processor, its GPUs."""
 
     engines: Mapping[str, str]
     fingerprint: str

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,8 +21,10 @@ from pipeline.tensor import package_tensor
 from services.core.discovery import FAILED, LOADING, READY, Hosted, Version, VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed
 from services.inference import agent as agent_module
-from services.inference import reporting, watchdog
+from services.inference import golden, latency, reporting, watchdog
+from services.inference import store as store_module
 from services.inference.agent import Agent, Limits
+from services.inference.artifact import GoldenText, LatencyBudget
 from services.inference.processes import STUB, Processes
 from services.inference.quarantine import Quarantine
 from services.inference.repository import Repository
@@ -298,13 +301,13 @@ async def test_a_truncated_artifact_is_never_loaded(tmp_path: Path, package: Pac
 async def test_a_silent_engine_is_ended_and_loaded_again(tmp_path: Path, package: Package) -> None:
     pulse = Pulse()
     async with at_work(tmp_path, package, engine_timeout_s=0.3) as lab:
-        lab.triton.new_pulse = lambda key: pulse  # type: ignore[method-assign]
+        pulses = iter([pulse])
+        lab.triton.new_pulse = lambda key: next(pulses, None) or Pulse()  # type: ignore[method-assign]
         await lab.until(READY)
         before = lab.triton.processes[KEY]
         lab.said.clear()
         with pulse:  # a request that is not answered
             await until(lambda: before.poll() is not None, "the hung process was ended")
-            lab.triton.new_pulse = lambda key: Pulse()  # type: ignore[method-assign]
         await lab.until(READY)
         assert any("it has not answered for 0 s" in h.detail for h in lab.said)
 
@@ -369,3 +372,60 @@ def test_who_stops_waiting_is_no_sign_of_life() -> None:
         now = 7.0
         assert pulse.silent_s == 1
     assert pulse.silent_s == 0
+
+
+async def test_a_disk_that_is_full_is_said_and_tried_again(
+    tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "RETRY_S", 0.1)
+    room = store_module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: room._replace(free=0))
+    async with at_work(tmp_path, package) as lab:
+        full = await lab.until(FAILED)
+        assert "the disk is full" in full.detail
+        assert full.will_retry
+        assert not lab.triton.loads
+        monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: room)
+        await lab.until(READY)
+
+
+async def test_too_slow_is_refused_with_figures() -> None:
+    budget = LatencyBudget(first_token_ms=50, per_token_ms=5)
+    assert latency.exceeded(latency.Latency(40, 4), budget) is None
+    assert latency.exceeded(latency.Latency(40, 400), LatencyBudget()) is None
+    text = latency.exceeded(latency.Latency(61.2, 7.0), budget) or ""
+    assert "the first token took 61.2 ms, 50 ms are allowed; a token took 7.0 ms, 5 ms are allowed" in text
+
+
+class SlowSession:
+    """Takes 30 ms for the first token and 5 ms for each other, except the first time: then it warms up."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def generate(self, prompt: list[int], sampling: Any) -> AsyncIterator[Any]:
+        self.calls += 1
+        await asyncio.sleep(0.5 if self.calls == 1 else 0.03)
+        for token in (7, 8, 9):
+            yield SimpleNamespace(tokens=(token,))
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("first_ms", "token_ms", "passes"), [(200, 50, True), (10, 50, False), (200, 1, False)]
+)
+async def test_the_budget_is_held_against_warm_golden_examples(
+    first_ms: float, token_ms: float, passes: bool
+) -> None:
+    model: Any = SimpleNamespace(session=SlowSession())
+    example = GoldenText(prompt="x", prompt_ids=(1,), token_ids=(7, 8, 9))
+    manifest: Any = SimpleNamespace(
+        golden_texts=(example,),
+        latency_budget=LatencyBudget(first_token_ms=first_ms, per_token_ms=token_ms),
+    )
+    if passes:
+        await golden.check_text(model, manifest)
+    else:
+        with pytest.raises(golden.TooSlow, match=r"ms are allowed"):
+            await golden.check_text(model, manifest)
+    assert model.session.calls == 1 + latency.TRIES
