@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -86,6 +88,22 @@ async def everywhere(suite: Suite, *models: str) -> None:
 def stub(suite: Suite, model: str, triton: int = 1) -> psutil.Process:
     (found,) = Processes(suite.layout.triton(triton) / "models").of(VersionKey(model, 1))
     return found
+
+
+async def test_the_command_line_knows_of_both(pair: Suite) -> None:
+    lingqu_command = Path(sys.executable).parent / "lingqu"
+
+    async def said(*arguments: str) -> str:
+        command = [str(lingqu_command), "--state", str(pair.layout.state), *arguments]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    status = await said("status")
+    assert "triton-2" in status
+    assert "MiB" in status
+    assert (await said("instances")).count(f"{TEXT_MODEL}:1") == 2
+    assert "sequences at once" in await said("models", "size", TEXT_MODEL)
 
 
 async def test_one_of_two_tritons_is_killed_and_nobody_notices(pair: Suite) -> None:

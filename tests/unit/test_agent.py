@@ -16,10 +16,21 @@ import psutil
 import pytest
 
 from bench.suite import ECHO
+from lingqu.cli.modelview import hosted
 from pipeline.package import Package
 from pipeline.tensor import package_tensor
-from services.core.discovery import FAILED, LOADING, READY, Hosted, Version, VersionKey
-from services.core.errors import BackendUnavailable, DeadlinePassed
+from services.core.discovery import (
+    FAILED,
+    LOADING,
+    READY,
+    Hosted,
+    Replica,
+    Version,
+    VersionKey,
+    to_instance,
+    to_replica,
+)
+from services.core.errors import BackendUnavailable, DeadlinePassed, InvalidInput
 from services.inference import agent as agent_module
 from services.inference import golden, latency, reporting, watchdog
 from services.inference import store as store_module
@@ -32,6 +43,7 @@ from services.inference.requirements import Machine
 from services.inference.store import Store
 from services.inference.triton import LoadFailed
 from services.inference.watchdog import Pulse, Watchdog
+from services.registry import validation
 from tests.waiting import pause, until
 
 KEY = VersionKey("echo", 1)
@@ -429,3 +441,16 @@ async def test_the_budget_is_held_against_warm_golden_examples(
         with pytest.raises(golden.TooSlow, match=r"ms are allowed"):
             await golden.check_text(model, manifest)
     assert model.session.calls == 1 + latency.TRIES
+
+
+def test_progress_reaches_the_registry_and_the_command_line() -> None:
+    told = Hosted(KEY, LOADING, "fetching 43 of 98 MiB", progress=0.44)
+    record = to_instance(Replica("r", "inference", models=(told,)))
+    (back,) = to_replica(record).models
+    assert (back.detail, round(back.progress, 2)) == (told.detail, 0.44)
+    assert hosted(record.models[0]) == "echo:1 (loading 44 %)"
+    assert hosted(to_instance(Replica("r", "i", models=(Hosted(KEY, READY),))).models[0]) == "echo:1"
+    validation.instance(record)
+    record.models[0].progress = float("nan")
+    with pytest.raises(InvalidInput, match="progress"):
+        validation.instance(record)

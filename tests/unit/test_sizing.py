@@ -183,8 +183,8 @@ def test_what_is_no_size_is_refused(artifacts: dict[str, Path]) -> None:
 
 
 def test_the_estimates_are_near_what_was_measured(artifacts: dict[str, Path]) -> None:
-    """Resident memory of the processes in Triton 2.51, warmed up, the KV cache touched to its end (MiB): 2277 for
-    SmolLM2-135M from GGUF in f16 with a cache of 1 GiB, 460 for MiniLM-L6 after runs of 16 x 256 tokens."""
+    """Resident memory of the processes in Triton 2.51, warmed up, the KV cache touched to its end (MiB): 2277
+    for SmolLM2-135M from GGUF in f16 with a cache of 1 GiB, 460 for MiniLM-L6 after runs of 16 x 256."""
     gguf = sizing.footprint("openvino-genai", {"f16": 268_959_744}, gguf=True, kv_cache_bytes=GIB)
     assert gguf.total / (1 << 20) == pytest.approx(2277, rel=0.05)
     folder = artifacts[VECTOR_MODEL]
