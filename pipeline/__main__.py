@@ -97,6 +97,24 @@ def tensor(
     typer.echo(package_tensor(folder, out, about).folder)
 
 
+@app.command()
+def tensorrt(
+    checkpoint: Path,
+    out: Out = Path("artifacts"),
+    evaluation: Evaluation = NONE,
+    parent: Parent = "",
+    training_run: TrainingRun = "",
+    data_sha256: DataSha256 = "",
+    source: Source = "",
+    label: Label = NONE,
+) -> None:
+    """Make an artifact of a sentence encoder for NVIDIA GPUs: fp16, built by TensorRT where it is loaded."""
+    about = _about(evaluation, parent, training_run, data_sha256, source, label)
+    from pipeline.half import package_half
+
+    typer.echo(package_half(checkpoint, out, about).folder)
+
+
 def _about(
     evaluation: list[str], parent: str, training_run: str, data_sha256: str, source: str, label: list[str]
 ) -> About:

@@ -16,6 +16,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from pipeline.architecture import architecture
 from pipeline.openvino_model import (
     GRAMMAR,
     MODEL,
@@ -51,8 +52,7 @@ def package_gguf(
 ) -> Package:
     """Read the model's own description, convert weights and tokenizer, compute the golden answers, seal."""
     reader = GGUFReader(str(gguf))
-    architecture = field(reader, "general.architecture")
-    context = int(field(reader, f"{architecture}.context_length"))
+    context = int(field(reader, f"{field(reader, 'general.architecture')}.context_length"))
     eos = {int(field(reader, "tokenizer.ggml.eos_token_id"))}
     staging = staging_folder(store)
     write_model(reader, staging, precision)
@@ -69,6 +69,7 @@ def package_gguf(
         eos_token_ids=tuple(sorted(eos)),
         precision=precision,
         grammar=f"{GRAMMAR}/{MODEL}",
+        architecture=architecture(reader),
     )
     golden, agreement = certain(gguf, _golden(staging, spec, tokenizer), MIN_AGREEMENT[precision])
     name = reader.get_field("general.name")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HOST = "127.0.0.1"
@@ -14,6 +14,14 @@ class Layout:
 
     state: Path
     offset: int = 0
+
+    def pair(self, number: int) -> Layout:
+        """Ports of the Triton with this number, from 1, and of its inference: STRIDE apart."""
+        return replace(self, offset=self.offset + STRIDE * (number - 1))
+
+    def triton(self, number: int = 1) -> Path:
+        """State folder of one Triton: its private copy, its model repository."""
+        return self.state / numbered("triton", number)
 
     def port(self, base: int) -> int:
         return base + self.offset
@@ -53,3 +61,10 @@ TRITON_HTTP, TRITON_GRPC, TRITON_METRICS = 8000, 8001, 8002
 ETCD = 2379
 ETCD_PEER = 2380
 ENVOY_ADMIN = 9901
+STRIDE = 1000
+MAX_TRITONS = 8
+
+
+def numbered(part: str, number: int) -> str:
+    """ "triton", "triton-2", …"""
+    return part if number == 1 else f"{part}-{number}"

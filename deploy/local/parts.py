@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.local import hardware, triton
 from deploy.local import layout as at
-from deploy.local import triton
 from deploy.local.layout import Layout
 from deploy.local.part import Part, grpc_ready, http_ready
 from services.gateway.bootstrap import bootstrap
@@ -30,6 +30,8 @@ class Options:
 
     otlp_endpoint: str = ""
     log_level: str = "INFO"
+    tritons: int = 1
+    """Tritons, each with an inference process of its own."""
 
 
 def parts(layout: Layout, options: Options) -> list[Part]:
@@ -41,7 +43,7 @@ def parts(layout: Layout, options: Options) -> list[Part]:
     }
     return [
         etcd(layout),
-        triton_server(layout),
+        *(triton_server(layout, number, options.tritons) for number in _numbers(options)),
         _service(
             layout,
             "registry",
@@ -68,22 +70,33 @@ def parts(layout: Layout, options: Options) -> list[Part]:
                 "LINGQU_DEV_KEY": str(layout.dev_key),
             },
         ),
-        _service(
-            layout,
-            "inference",
-            at.INFERENCE,
-            ("registry", "triton"),
-            {
-                **common,
-                "LINGQU_INFERENCE_LISTEN": layout.address(at.INFERENCE),
-                "LINGQU_TRITON": layout.address(at.TRITON_GRPC),
-                "LINGQU_INSTANCE_TTL_S": str(INSTANCE_TTL_S),
-                "LINGQU_ARTIFACTS": str(layout.state / "artifacts"),
-                "LINGQU_MODEL_REPOSITORY": str(layout.state / "triton" / "models"),
-            },
-        ),
+        *(inference(layout, number, common) for number in _numbers(options)),
         envoy(layout),
     ]
+
+
+def inference(layout: Layout, number: int, common: Mapping[str, str]) -> Part:
+    """The one beside the Triton of that number; all share the folder of verified artifacts."""
+    ports = layout.pair(number)
+    return _service(
+        ports,
+        "inference",
+        at.INFERENCE,
+        ("registry", at.numbered("triton", number)),
+        {
+            **common,
+            "LINGQU_INFERENCE_LISTEN": ports.address(at.INFERENCE),
+            "LINGQU_TRITON": ports.address(at.TRITON_GRPC),
+            "LINGQU_INSTANCE_TTL_S": str(INSTANCE_TTL_S),
+            "LINGQU_ARTIFACTS": str(layout.state / "artifacts"),
+            "LINGQU_MODEL_REPOSITORY": str(layout.triton(number) / "models"),
+        },
+        number,
+    )
+
+
+def _numbers(options: Options) -> range:
+    return range(1, options.tritons + 1)
 
 
 def etcd(layout: Layout) -> Part:
@@ -110,22 +123,26 @@ def etcd(layout: Layout) -> Part:
     )
 
 
-def triton_server(layout: Layout) -> Part:
-    files = triton.prepare(layout.state / "triton")
+def triton_server(layout: Layout, number: int = 1, tritons: int = 1) -> Part:
+    """One of several on this machine: on its own ports, with its own models, and if there are several, on its
+    own GPU or memory node."""
+    files = triton.prepare(layout.triton(number))
+    ports = layout.pair(number)
+    share = hardware.share(number, tritons)
     return Part(
-        name="triton",
-        argv=triton.command(files, layout),
-        env=triton.environment(files),
-        ready=http_ready(f"http://{layout.address(at.TRITON_HTTP)}/v2/health/ready"),
+        name=at.numbered("triton", number),
+        argv=(*share.prefix, *triton.command(files, ports)),
+        env={**triton.environment(files), **share.env},
+        ready=http_ready(f"http://{ports.address(at.TRITON_HTTP)}/v2/health/ready"),
         ports=_ports(
-            layout,
+            ports,
             {
                 at.TRITON_HTTP: "Triton HTTP",
                 at.TRITON_GRPC: "Triton gRPC",
                 at.TRITON_METRICS: "Triton metrics",
             },
         ),
-        leftovers=triton.shared_memory(layout),
+        leftovers=triton.shared_memory(ports),
         # Triton waits for ever for streams that somebody holds open: do not wait with it.
         stop_timeout_s=5.0,
     )
@@ -159,9 +176,11 @@ def envoy(layout: Layout) -> Part:
     )
 
 
-def _service(layout: Layout, name: str, port: int, needs: tuple[str, ...], env: Mapping[str, str]) -> Part:
+def _service(
+    layout: Layout, name: str, port: int, needs: tuple[str, ...], env: Mapping[str, str], number: int = 1
+) -> Part:
     return Part(
-        name=name,
+        name=at.numbered(name, number),
         argv=(sys.executable, "-m", f"services.{name}"),
         env=env,
         ready=grpc_ready(layout.address(port)),

@@ -24,7 +24,9 @@ from services.core.signing import Signer
 PUBLISH_TIMEOUT_S = 300.0
 
 
-async def up(suite: Suite, offset: int, otlp: str, log_level: str, with_models: bool) -> int:
+async def up(
+    suite: Suite, offset: int, otlp: str, log_level: str, with_models: bool, tritons: int = 1
+) -> int:
     """Returns the exit code: 0 after a stop that was asked for, 1 if the suite could not start."""
     layout = Layout(suite.state.resolve(), offset)
     begun = time.monotonic()
@@ -32,7 +34,7 @@ async def up(suite: Suite, offset: int, otlp: str, log_level: str, with_models: 
     out.print(f"[bold]lingqu {lingqu.__version__}[/bold] · state in {suite.state}")
     try:
         models = await asyncio.to_thread(bundled, out.print) if with_models else []
-        all_parts = parts(layout, Options(otlp, log_level))
+        all_parts = parts(layout, Options(otlp, log_level, tritons))
         async with Supervisor(layout, all_parts, lambda event: _tell(layout, event)).running():
             await _publish(layout, models)
             _hint(suite, layout, time.monotonic() - begun, with_models)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lingqu
-from lingqu.cli import clients, models, registry, releases, rollouts, suite, text
+from lingqu.cli import clients, models, registry, releases, rollouts, sizes, suite, text
 from lingqu.cli.connection import Suite
 
 app = typer.Typer(
@@ -60,6 +60,7 @@ for command in (
     releases.history,
     releases.policy,
     releases.placement,
+    sizes.size,
 ):
     models.app.command()(command)
 app.add_typer(models.app, name="models")

@@ -47,6 +47,15 @@ def models_table(models: list[models_pb2.Model], hosting: Hosting) -> Table:
     return found
 
 
+def hosted(model: instances_pb2.HostedModel) -> str:
+    """ "echo:2", "echo:2 (loading 43 %)"."""
+    text = f"{model.model}:{model.version}"
+    if model.state == instances_pb2.HOSTED_STATE_READY:
+        return text
+    share = f" {model.progress * 100:.0f} %" if model.progress else ""
+    return f"{text} ({STATES.get(model.state, 'unknown')}{share})"
+
+
 def stage(version: models_pb2.ModelVersion) -> str:
     return models_pb2.Stage.Name(version.stage).removeprefix("STAGE_").lower()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from rich.table import Table
 from lingqu.cli import clients
 from lingqu.cli.connection import GATEWAY_PORT, REGISTRY_PORT, Suite, err, fail, out, run
 from lingqu.cli.models import read_models
-from lingqu.cli.modelview import models_table
+from lingqu.cli.modelview import hosted, models_table
 from lingqu.cli.output import Format, Output, as_json, when
 from lingqu.cli.output import table as show_table
 from lingqu.gateway.v1 import gateway_pb2
@@ -36,6 +37,15 @@ def up(
     ] = "",
     log_level: Annotated[str, typer.Option(help="Of the services: DEBUG, INFO, WARNING.")] = "INFO",
     bundled: Annotated[bool, typer.Option(help="Publish the bundled models.")] = True,
+    tritons: Annotated[
+        int,
+        typer.Option(
+            help="Tritons, each with an inference process: one for each GPU or memory node. The ports of the "
+            "second are 1000 above those of the first, and so on.",
+            min=1,
+            max=8,
+        ),
+    ] = 1,
 ) -> None:
     """Run the whole suite on this machine until Ctrl-C: etcd, registry, Triton, inference, gateway, Envoy."""
     try:
@@ -45,7 +55,7 @@ def up(
             f"{error.name or error} is not installed; `lingqu up` needs: pip install 'lingqu[serve,pipeline]'"
         )
     suite: Suite = context.obj
-    code = asyncio.run(run_local(suite, port_offset, otlp, log_level, bundled))
+    code = asyncio.run(run_local(suite, port_offset, otlp, log_level, bundled, tritons))
     raise typer.Exit(code)
 
 
@@ -54,7 +64,7 @@ def status(context: typer.Context) -> None:
     suite: Suite = context.obj
     body = suite.running()
     table = Table(box=None, header_style="bold")
-    for column in ("PART", "STATE", "PID", "PORTS", "RESTARTS"):
+    for column in ("PART", "STATE", "PID", "MEMORY", "PORTS", "RESTARTS"):
         table.add_column(column)
     for name, part in body["parts"].items():
         alive = part["pid"] is not None and _alive(part["pid"])
@@ -62,6 +72,7 @@ def status(context: typer.Context) -> None:
             name,
             "[green]running[/green]" if alive else "[red]down[/red]",
             str(part["pid"] or "–"),
+            _memory(part["pid"]) if alive else "–",
             " ".join(map(str, part["ports"])),
             str(part["restarts"]),
         )
@@ -88,7 +99,7 @@ def instances(context: typer.Context, output: Output = Format.table) -> None:
         table.add_column(column)
     for instance in answer.instances:
         endpoints = " ".join(f"{kind}={address}" for kind, address in sorted(instance.endpoints.items()))
-        models = " ".join(f"{m.model}:{m.version}" for m in instance.models)
+        models = " ".join(map(hosted, instance.models))
         table.add_row(instance.id, instance.service, endpoints, models or "–")
     out.print(table)
     if answer.stale:
@@ -156,6 +167,24 @@ def revoked(context: typer.Context, output: Output = Format.table) -> None:
     show_table(("KEY", "CLIENT", "REVOKED (UTC)", "REASON"), rows, "no key was revoked")
     if answer.stale:
         err.print("[yellow]etcd is out of reach: this is the last known state[/yellow]")
+
+
+def _memory(pid: int) -> str:
+    """Resident memory of a process and its children; "–" without psutil, which comes with lingqu[serve]."""
+    try:
+        import psutil
+    except ImportError:
+        return "–"
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return "–"
+    found = 0
+    for one in family:
+        with contextlib.suppress(psutil.Error):
+            found += one.memory_info().rss
+    return f"{found / (1 << 20):.0f} MiB"
 
 
 def _alive(pid: int) -> bool:

@@ -57,12 +57,13 @@ class VersionKey:
 @dataclass(frozen=True, slots=True)
 class Hosted:
     """A version on a replica; `state` is one of READY, LOADING, FAILED. `will_retry`: a failure that the
-    replica tries to get over by itself."""
+    replica tries to get over by itself. `progress`: of its fetching, 0 to 1."""
 
     key: VersionKey
     state: int
     detail: str = ""
     will_retry: bool = False
+    progress: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +340,8 @@ class Registration:
 
 def to_replica(record: instances_pb2.Instance) -> Replica:
     hosted = tuple(
-        Hosted(VersionKey(m.model, m.version), m.state, m.detail, m.will_retry) for m in record.models
+        Hosted(VersionKey(m.model, m.version), m.state, m.detail, m.will_retry, m.progress)
+        for m in record.models
     )
     return Replica(record.id, record.service, dict(record.endpoints), hosted, dict(record.labels))
 
@@ -357,6 +359,7 @@ def to_instance(replica: Replica) -> instances_pb2.Instance:
                 state=instances_pb2.HostedState.ValueType(h.state),
                 detail=h.detail,
                 will_retry=h.will_retry,
+                progress=h.progress,
             )
             for h in replica.models
         ],

@@ -2,7 +2,8 @@
 
 For each version: fetch and verify the artifact → lay it out → load it beside the others → check it against
 its golden examples → announce it READY. What fails is taken out again and announced FAILED with the reason.
-When Triton dies its versions go back to LOADING, and all are loaded again when it answers.
+When Triton dies its versions go back to LOADING, and all are loaded again when it answers. So does a version
+whose process in Triton dies or hangs; one that does so again and again is quarantined.
 """
 
 from __future__ import annotations
@@ -12,27 +13,38 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from services.core.discovery import FAILED, LOADING, READY, Hosted, Version, VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
-from services.inference import golden
+from services.inference import estimate, golden, memory, processes, reporting, sizing
 from services.inference.artifact import Manifest, unlike
+from services.inference.processes import Processes
+from services.inference.quarantine import Quarantine
 from services.inference.repository import Repository
 from services.inference.requirements import Machine, Needs, unmet
 from services.inference.session import Session
 from services.inference.store import ArtifactRefused, ArtifactUnreachable, Store
+from services.inference.tensorrt.plan import BuildFailed, Plans, recipe
 from services.inference.text import TextModel
 from services.inference.triton import LoadFailed, Triton
 from services.inference.vectors import VectorModel
+from services.inference.watchdog import Watchdog
+from services.inference.weights import UnreadableWeights
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 LEAVE_S = 0.5  # until the gateways send nobody here for a version that is announced no more
 RETRY_S = 30.0  # what could not be read or written may be later
-EXPECTED = (ArtifactRefused, LoadFailed, golden.GoldenMismatch)
+
+
+class Refused(Exception):
+    """This replica does not load the version; the text says why."""
+
+
+EXPECTED = (ArtifactRefused, LoadFailed, golden.GoldenMismatch, Refused)
 
 
 class TensorModel:
@@ -50,9 +62,12 @@ Served = TextModel | VectorModel | TensorModel
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a text model may use: sequences in progress at once."""
+    """What a text model may use: sequences in progress at once, bytes of KV cache; and how long any engine
+    may be silent while it has work."""
 
     max_sequences: int
+    kv_cache_bytes: int = 1 << 30
+    engine_timeout_s: float = 30.0
 
 
 class Agent:
@@ -68,6 +83,9 @@ class Agent:
         machine: Machine,
         announce: Callable[[Iterable[Hosted]], None],
         busy: Callable[[VersionKey], bool] = lambda key: False,
+        quarantine: Quarantine | None = None,
+        available_bytes: Callable[[], int] = memory.available_bytes,
+        plans: Plans | None = None,
     ) -> None:
         self._triton = triton
         self._store = store
@@ -76,6 +94,15 @@ class Agent:
         self._machine = machine
         self._announce = announce
         self._busy = busy
+        self._quarantine = quarantine or Quarantine(repository.root.parent / "quarantine.json")
+        self._available_bytes = available_bytes
+        self._plans = plans
+        self._processes = Processes(repository.root)
+        self._watchdog = Watchdog(self._processes, limits.engine_timeout_s)
+        self._proving: dict[VersionKey, Served] = {}
+        self._records: dict[VersionKey, Version] = {}
+        self._broken: set[VersionKey] = set()  # Triton says READY of them, and they are not
+        self._ends: set[asyncio.Task[None]] = set()
         self._states: dict[VersionKey, Hosted] = {}
         self._leaving: dict[VersionKey, float] = {}  # since when; still loaded, announced no more
         self._loads: dict[VersionKey, asyncio.Task[None]] = {}
@@ -105,12 +132,16 @@ class Agent:
             await model.close()
 
     async def _reconcile(self, wanted: list[Version]) -> None:
+        slow = False
         try:
             alive, reachable = await self._triton.ready_versions(), True
         except DeadlinePassed:  # slow is not dead: only what is known to be broken is dropped
-            alive, reachable = set(self.served), False
+            alive, reachable, slow = set(self.served), False, True
         except BackendUnavailable:
             alive, reachable = set(), False
+        self._watchdog.heard(not slow or self._loading.locked())  # Triton may well be slow while it loads
+        self._records = {version.key: version for version in wanted}
+        await self._end_broken(alive if reachable else None)
         await self._drop_lost(alive)
         keys = {version.key for version in wanted}
         for key in [k for k in self._states if k not in keys]:
@@ -147,6 +178,31 @@ class Agent:
                 await self._withdraw(key)
             self._tidy = True
 
+    async def _end_broken(self, answering: set[VersionKey] | None) -> None:
+        """End engines that died or hang, and have them loaded again. `answering`: what Triton has, if it
+        answers."""
+        broken = self._watchdog.broken()
+        if not broken or answering is None:
+            return
+        try:
+            await self._triton.ready_versions()  # after the engines were looked at
+        except LingquError:
+            return
+        blameless = await asyncio.to_thread(self._watchdog.triton_ended)
+        for key, found in broken.items():
+            why = found.why
+            self._watchdog.end(key)
+            model = self.served.pop(key, None) or self._proving.get(key)
+            self._broken.add(key)
+            if (version := self._records.get(key)) is not None and found.blame and not blameless:
+                self._quarantine.strike(version, why)
+            if isinstance(model, TextModel):
+                model.session.lose(why)
+            if model is not None and key not in self._proving:
+                if key in self._states:
+                    self._set(Hosted(key, LOADING, f"{why}; loading it again"))
+                await model.close()
+
     async def _drop_lost(self, alive: set[VersionKey]) -> None:
         """Versions that Triton no longer has, or whose session broke, have to be loaded again."""
         for key, model in list(self.served.items()):
@@ -155,6 +211,9 @@ class Agent:
                 continue
             log.warning("%s was lost with its Triton; loading it again", key)
             del self.served[key]
+            self._watchdog.forget(key)
+            if key in alive:
+                self._broken.add(key)
             self._set(Hosted(key, LOADING))
             await model.close()
 
@@ -164,6 +223,11 @@ class Agent:
         log.info("%s: fetching %s", key, version.uri)
         self._retry_at.pop(key, None)
         try:
+            if (why := self._quarantine.loading(version)) is not None:
+                raise Refused(why)
+            if key in self._broken and key in await self._triton.ready_versions():
+                await self._withdraw(key)  # or Triton would leave it as it is
+            self._broken.discard(key)
             self._check(version, version.requirements)
             folder = await asyncio.to_thread(
                 self._store.fetch,
@@ -172,15 +236,24 @@ class Agent:
                 model=key.model,
                 signature=version.signature,
                 signer=version.signer,
+                progress=reporting.fetching(lambda text, share: self._note(key, text, share)),
             )
             manifest = Manifest.read(folder)
             self._check(version, manifest.requirements)
             if (claim := unlike(version, manifest)) is not None:
                 raise ArtifactRefused(f"{version.uri} is not what its record says: {claim}")
+            if manifest.runtime == "tensorrt-llm":
+                raise Refused("text on TensorRT-LLM is not wired into Triton yet")
+            plan = await self._plan(key, folder, manifest)
             async with self._loading:
-                await asyncio.to_thread(self._repository.add, key, folder, manifest)
-                await self._triton.load(key.model)
+                self._note(key, "loading")
+                await self._check_memory(version, folder, manifest)
+                await asyncio.to_thread(self._repository.add, key, folder, manifest, plan)
+                await self._triton_load(version)
+            self._broken.add(key)  # until it has answered
+            self._note(key, "checking its golden examples")
             model = await self._proven(key, folder, manifest)
+            self._broken.discard(key)
         except (BackendUnavailable, DeadlinePassed) as err:
             log.warning("%s: %s; trying again", key, err)
         except Exception as err:  # whatever is wrong with one version must not harm the others
@@ -196,6 +269,41 @@ class Agent:
             self._set(Hosted(key, READY))
             log.info("%s: ready", key)
 
+    async def _plan(self, key: VersionKey, folder: Path, manifest: Manifest) -> Path | None:
+        """What TensorRT makes of the artifact for this GPU, built now if it never was. Raises Refused."""
+        spec = manifest.vector
+        if manifest.runtime != "tensorrt" or spec is None:
+            return None
+        if self._plans is None or not self._machine.gpus:
+            raise Refused("its runtime is tensorrt, and this replica builds no plans")
+        gpu, digest = self._machine.gpus[0], manifest.files[spec.weights].sha256
+        of = recipe(digest, ("input_ids", "attention_mask"), spec.max_tokens, gpu, self._plans.version)
+        self._note(key, f"building its engine for {gpu.name} with TensorRT {of.tensorrt}")
+        try:
+            return await asyncio.to_thread(self._plans.get, folder / spec.weights, of, self._store.go_on)
+        except BuildFailed as err:
+            raise Refused(str(err)) from err
+
+    async def _check_memory(self, version: Version, folder: Path, manifest: Manifest) -> None:
+        """Raises Refused, with figures, if the version would take more memory than there is: the kernel would
+        end something else for it."""
+        if version.key in await self._triton.ready_versions():  # it is in memory already
+            return
+        try:
+            needed = await asyncio.to_thread(estimate.of, folder, manifest, self._limits.kv_cache_bytes)
+        except UnreadableWeights as err:
+            raise Refused(str(err)) from err
+        if (why := sizing.unfit(needed.footprint, self._available_bytes())) is not None:
+            raise Refused(why)
+
+    async def _triton_load(self, version: Version) -> None:
+        """A Triton that was there and is gone after that was, as far as anybody can tell, ended by it."""
+        try:
+            await self._triton.load(version.key.model)
+        except BackendUnavailable:
+            self._quarantine.strike(version, "Triton ended while it was loaded")
+            raise
+
     def _check(self, version: Version, needs: Needs) -> None:
         """The record's requirements before anything is fetched, the artifact's own before it is loaded."""
         if (reason := unmet(needs, version.runtime, self._machine)) is not None:
@@ -205,7 +313,9 @@ class Agent:
         if manifest.text is not None:
             session = Session(self._triton, key, self._repository.secret, self._limits.max_sequences)
             text = TextModel(key, manifest.text, folder, session)
+            self._proving[key] = text
             try:
+                await self._watchdog.watch(key, lambda: session.silent_s)
                 async with asyncio.timeout(golden.TIMEOUT_S):
                     await golden.check_text(text, manifest)
             except TimeoutError as err:
@@ -214,10 +324,18 @@ class Agent:
             except BaseException:
                 await text.close()
                 raise
+            finally:
+                del self._proving[key]
             return text
+        pulse = self._triton.new_pulse(key)
+        await self._watchdog.watch(key, lambda: pulse.silent_s, lambda: pulse.ill)
         if manifest.vector is not None:
             vectors = VectorModel(key, manifest.vector, folder, self._triton)
-            await golden.check_vectors(vectors, manifest)
+            self._proving[key] = vectors
+            try:
+                await golden.check_vectors(vectors, manifest)
+            finally:
+                del self._proving[key]
             return vectors
         return TensorModel(key)
 
@@ -233,11 +351,15 @@ class Agent:
         if model is not None:
             await model.close()
         await self._withdraw(key)
+        self._quarantine.forget(key)
         del self._leaving[key]
         log.info("%s: retired", key)
 
     async def _withdraw(self, key: VersionKey) -> None:
-        """Take a version out of Triton and leave the model's others as they are."""
+        """Take a version out of Triton and leave the model's others as they are. A process of it that does
+        not end by itself is ended."""
+        self._watchdog.forget(key)
+        running = await asyncio.to_thread(self._processes.of, key)
         try:
             async with self._loading:
                 if await asyncio.to_thread(self._repository.remove, key):
@@ -246,6 +368,15 @@ class Agent:
                     await self._triton.unload(key.model)
         except (LoadFailed, LingquError) as err:
             log.warning("after taking out %s: %s", key, err)
+        if running:
+            end = asyncio.create_task(asyncio.to_thread(processes.end, running))
+            self._ends.add(end)
+            end.add_done_callback(self._ends.discard)
+
+    def _note(self, key: VersionKey, text: str, progress: float = 0.0) -> None:
+        """What is being done with a version that loads."""
+        if (state := self._states.get(key)) is not None and state.state == LOADING:
+            self._set(replace(state, detail=text, progress=progress))
 
     def _set(self, hosted: Hosted) -> None:
         self._states[hosted.key] = hosted

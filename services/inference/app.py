@@ -23,11 +23,14 @@ from services.inference.answers import Answers
 from services.inference.figures import Figures
 from services.inference.generation import Generation
 from services.inference.placement import desired
+from services.inference.quarantine import Quarantine
 from services.inference.repository import Repository
 from services.inference.requirements import Machine
 from services.inference.routing import Routing
 from services.inference.service import Inference
 from services.inference.store import Store
+from services.inference.tensorrt.builder import SubprocessBuilder
+from services.inference.tensorrt.plan import Plans
 from services.inference.triton import Triton
 
 SERVICE = "lingqu.inference.v1.InferenceService"
@@ -58,6 +61,10 @@ class InferenceSettings(Settings):
     """Requests of one version that wait; more are refused with RESOURCE_EXHAUSTED and RetryInfo."""
     answers_mib: int = Field(64, ge=0)
     """Memory for answers that are kept to be given again, MiB; 0: none are kept."""
+    engine_timeout_s: float = Field(30.0, gt=0)
+    """How long an engine that has work may say nothing before it is taken for hung and ended."""
+    forget_quarantine: bool = False
+    """Try versions again that were quarantined."""
 
 
 @asynccontextmanager
@@ -76,7 +83,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             f"inference-{address.replace(':', '-')}",
             "inference",
             {"grpc": address, "oip": cfg.triton},
-            labels={"fingerprint": machine.fingerprint, **cfg.labels},
+            labels={**machine.labels, **cfg.labels},
         )
         registration = Registration(registry, replica, cfg.instance_ttl_s)
         changed = asyncio.Event()
@@ -88,14 +95,19 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             "otlp_endpoint": cfg.otlp_endpoint,
         }
         store = Store(cfg.artifacts, cfg.trusted_keys)
+        quarantine = Quarantine(cfg.model_repository.absolute().parent / "quarantine.json")
+        if cfg.forget_quarantine:
+            quarantine.forget_all()
         agent = Agent(
             triton,
             store,
             Repository(cfg.model_repository, parameters),
-            Limits(cfg.max_sequences),
+            Limits(cfg.max_sequences, cfg.kv_cache_gib << 30, cfg.engine_timeout_s),
             machine,
             registration.update,
             admission.busy,
+            quarantine,
+            plans=Plans(cfg.artifacts.absolute().parent / "plans", SubprocessBuilder()),
         )
         stack.push_async_callback(agent.close)
         follow = _follow(agent, models, replicas, registration, changed)

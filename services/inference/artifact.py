@@ -53,6 +53,17 @@ class FileDigest(_Value):
     size: int = Field(ge=0, le=1 << 50)
 
 
+class Architecture(_Value):
+    """What a transformer decoder's memory follows from: `kv_heads` heads of `head_dim` are kept of every
+    token in each layer."""
+
+    layers: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+
+
 class TextSpec(_Value):
     """A text model: `weights` is its GGUF file, or the openvino_model.xml in the folder that OpenVINO opens;
     `context_tokens` bounds prompt and answer together. `grammar` is a tiny model with the same vocabulary, by
@@ -64,6 +75,7 @@ class TextSpec(_Value):
     eos_token_ids: tuple[int, ...]
     precision: Literal["fp16", "int8", "int4"] = "fp16"
     grammar: FilePath | None = None
+    architecture: Architecture | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -104,6 +116,16 @@ class GoldenText(_Value):
 class GoldenVector(_Value):
     text: str
     vector: tuple[FiniteFloat, ...]
+
+
+class LatencyBudget(_Value):
+    """What the golden examples may take on the machine that serves them, milliseconds; 0: no bound. Of a text
+    model the first token and each one after it, of others a whole request. Measured alone and warmed up, the
+    best of a few."""
+
+    first_token_ms: FiniteFloat = Field(0.0, ge=0)
+    per_token_ms: FiniteFloat = Field(0.0, ge=0)
+    request_ms: FiniteFloat = Field(0.0, ge=0)
 
 
 class Requirements(_Value):
@@ -150,13 +172,14 @@ class Manifest(_Value):
 
     schema_version: Literal[1] = 1
     task: Literal["generate", "embed", "tensor"]
-    runtime: Literal["openvino-genai", "onnxruntime", "python"]
+    runtime: Literal["openvino-genai", "onnxruntime", "openvino", "tensorrt", "tensorrt-llm", "python"]
     files: dict[FilePath, FileDigest] = Field(max_length=4096)
     text: TextSpec | None = None
     vector: VectorSpec | None = None
     tensor: TensorSpec | None = None
     golden_texts: tuple[GoldenText, ...] = ()
     golden_vectors: tuple[GoldenVector, ...] = ()
+    latency_budget: LatencyBudget = LatencyBudget()
     requirements: Requirements = Requirements()
     signature: Signature = Signature()
     evaluation: Evaluation = {}

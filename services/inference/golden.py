@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from services.inference.artifact import Manifest
+from services.inference import latency
+from services.inference.artifact import LatencyBudget, Manifest
 from services.inference.backends.engine import Sampling
 from services.inference.text import TextModel
 from services.inference.vectors import VectorModel
@@ -17,8 +18,12 @@ class GoldenMismatch(Exception):
     """The model answers, but not what it answered when it was published."""
 
 
+class TooSlow(GoldenMismatch):
+    """It answers as it should, but not within its latency budget."""
+
+
 async def check_text(model: TextModel, manifest: Manifest) -> None:
-    """Greedy tokens are exactly the golden ones. Raises GoldenMismatch."""
+    """Greedy tokens are exactly the golden ones, and in time. Raises GoldenMismatch."""
     for golden in manifest.golden_texts:
         sampling = Sampling(max_tokens=len(golden.token_ids))
         tokens: list[int] = []
@@ -30,10 +35,13 @@ async def check_text(model: TextModel, manifest: Manifest) -> None:
                 len(tokens),
             )
             raise GoldenMismatch(f'golden example "{golden.prompt[:60]}": token {at + 1} differs')
+    if manifest.golden_texts and manifest.latency_budget != LatencyBudget():
+        longest = max(manifest.golden_texts, key=lambda golden: len(golden.token_ids))
+        _in_time(await latency.of_text(model, longest), manifest.latency_budget)
 
 
 async def check_vectors(model: VectorModel, manifest: Manifest) -> None:
-    """Cosine similarity with each golden vector is at least MIN_COSINE. Raises GoldenMismatch."""
+    """Cosine similarity with each golden vector is at least MIN_COSINE, in time. Raises GoldenMismatch."""
     texts = [golden.text for golden in manifest.golden_vectors]
     if not texts:
         return
@@ -45,3 +53,12 @@ async def check_vectors(model: VectorModel, manifest: Manifest) -> None:
             raise GoldenMismatch(
                 f'golden example "{golden.text[:60]}": cosine {cosine:.6f} is below {MIN_COSINE}'
             )
+    if manifest.latency_budget != LatencyBudget():
+        longest = max(texts, key=len)
+        _in_time(await latency.of_vectors(model, longest, TIMEOUT_S), manifest.latency_budget)
+
+
+def _in_time(found: latency.Latency, budget: LatencyBudget) -> None:
+    """Raises TooSlow."""
+    if (over := latency.exceeded(found, budget)) is not None:
+        raise TooSlow(f"too slow on this replica: {over} (its latency budget)")

@@ -20,6 +20,8 @@ from services.core.discovery import VersionKey
 from services.core.files import write_secret
 from services.inference.artifact import MANIFEST, Manifest, digest_file
 from services.inference.backends import wire
+from services.inference.tensorrt import plan as plans
+from services.inference.tensorrt.plan import PLAN
 
 _CLASS = "from services.inference.backends.{module} import TritonPythonModel as TritonPythonModel\n"
 MAX_BATCH = 64
@@ -31,7 +33,7 @@ class Repository:
     know inference by; it outlives a restart, so that they need not be loaded again for it."""
 
     def __init__(self, root: Path, parameters: dict[str, str]) -> None:
-        self._root = root.resolve()
+        self.root = self._root = root.resolve()
         self._root.mkdir(parents=True, exist_ok=True)
         file = self._root.parent / "session.secret"
         if not file.is_file():
@@ -39,9 +41,10 @@ class Repository:
         self.secret = file.read_text()
         self._parameters = {**parameters, "session_secret_file": str(file)}
 
-    def add(self, key: VersionKey, folder: Path, manifest: Manifest) -> None:
+    def add(self, key: VersionKey, folder: Path, manifest: Manifest, plan: Path | None = None) -> None:
         """Lay out a version; nothing changes if it is there already. Raises ValueError if Triton could not
-        serve it beside the model's other versions: they share one configuration."""
+        serve it beside the model's other versions: they share one configuration. `plan`: what TensorRT built
+        of the artifact here; Triton runs it without a model.py."""
         home = self._root / key.model
         target = home / str(key.version)
         config = text_format.MessageToString(self._config(key.model, folder, manifest))
@@ -54,7 +57,7 @@ class Repository:
                     "publish it as a model of another name"
                 )
             config_file.write_text(config)
-        if target.is_dir() and _same(target / MANIFEST, folder / MANIFEST):
+        if target.is_dir() and _same(target / MANIFEST, folder / MANIFEST) and _links(target / PLAN, plan):
             return
         staging = self._root / f".{key.model}.{key.version}"
         shutil.rmtree(staging, ignore_errors=True)
@@ -63,6 +66,10 @@ class Repository:
         for name in (MANIFEST, *manifest.files):
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).symlink_to((folder / name).resolve())
+        if plan is not None:
+            (staging / PLAN).symlink_to(plan.resolve())
+            staging.rename(target)
+            return
         model = staging / "model.py"
         if manifest.tensor is None:
             model.unlink(missing_ok=True)  # never through a link into the store
@@ -95,10 +102,15 @@ class Repository:
             )
         elif manifest.text is not None:
             config = _text_config()
+        elif manifest.runtime == "tensorrt" and manifest.vector is not None:
+            spec = manifest.vector
+            config = plans.config(
+                ("input_ids", "attention_mask"), {"embedding": spec.dimensions}, spec.max_tokens
+            )
         else:
             assert manifest.vector is not None  # noqa: S101 - Manifest has exactly one of the three
             config = _vector_config(manifest.vector.dimensions)
-        if manifest.tensor is None:
+        if config.backend == "python" and manifest.tensor is None:
             for key, value in self._parameters.items():
                 config.parameters[key].string_value = value
         config.name = name
@@ -132,6 +144,10 @@ def _vector_config(dimensions: int) -> Any:
     config.instance_group.add(count=1, kind=config_pb2.ModelInstanceGroup.KIND_CPU)
     config.dynamic_batching.max_queue_delay_microseconds = QUEUE_DELAY_US
     return config
+
+
+def _links(link: Path, plan: Path | None) -> bool:
+    return plan is None or (link.is_symlink() and link.resolve() == plan.resolve())
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -12,7 +12,11 @@ from typing import Protocol
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-ENGINES = ("openvino-genai", "onnxruntime")  # runtimes that are distributions; "python" is the interpreter
+from services.inference.gpu import Gpu, gpus
+
+# Runtimes that are distributions; "python" is the interpreter.
+ENGINES = ("openvino-genai", "onnxruntime", "openvino", "tensorrt", "tensorrt-llm")
+ON_GPU = ("tensorrt", "tensorrt-llm")
 
 # What the engines choose their kernels by, and with them the last bits of what they compute; in this order.
 _FEATURES = (
@@ -34,10 +38,17 @@ class Needs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A machine that runs models: versions of its engines by runtime, and what kind it is."""
+    """A machine that runs models: versions of its engines by runtime, the kind of its processor, its GPUs."""
 
     engines: Mapping[str, str]
     fingerprint: str
+    gpus: tuple[Gpu, ...] = ()
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What placements may choose by."""
+        gpu = {"gpu": self.gpus[0].fingerprint} if self.gpus else {}
+        return {"fingerprint": self.fingerprint, **gpu}
 
     @classmethod
     def here(cls) -> Machine:
@@ -47,11 +58,15 @@ class Machine:
                 engines[name] = metadata.version(name)
             except metadata.PackageNotFoundError:
                 continue
-        return cls(engines, fingerprint())
+        return cls(engines, fingerprint(), gpus())
 
 
 def unmet(needs: Needs, runtime: str, machine: Machine) -> str | None:
     """Why `machine` must not load what has these needs; None if it may."""
+    if runtime in ON_GPU and not machine.gpus:
+        return f'its runtime is {runtime}, which needs an NVIDIA GPU; this replica is "{machine.fingerprint}"'
+    if runtime in ON_GPU and not machine.engines.get(runtime):
+        return f"its runtime is {runtime}, and this replica has none installed"
     if needs.engine:
         installed = machine.engines.get(runtime, "")
         try:
@@ -62,8 +77,9 @@ def unmet(needs: Needs, runtime: str, machine: Machine) -> str | None:
             return f"it needs {runtime} {needs.engine}, and this replica has none"
         if not specifier.contains(installed, prereleases=True):
             return f"it needs {runtime} {needs.engine}, and this replica has {installed}"
-    if needs.fingerprint and needs.fingerprint != machine.fingerprint:
-        return f'it was built for "{needs.fingerprint}", and this replica is "{machine.fingerprint}"'
+    kinds = [machine.fingerprint, *(gpu.fingerprint for gpu in machine.gpus)]
+    if needs.fingerprint and needs.fingerprint not in kinds:
+        return f'it was built for "{needs.fingerprint}", and this replica is "{" and ".join(kinds)}"'
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -48,12 +49,24 @@ class Session:
         self._waiting: dict[int, asyncio.Queue[Step | LingquError]] = {}
         self._scores: dict[int, asyncio.Future[npt.NDArray[np.float32]]] = {}
         self.lost = asyncio.Event()
+        self.last_heard = time.monotonic()
+        self._why_lost = ""
         self._outgoing.put_nowait(wire.Command("open", self._id, secret))
         self._reader = asyncio.create_task(self._read(), name=f"session {key}")
 
     @property
     def in_flight(self) -> int:
         return len(self._waiting) + len(self._scores)
+
+    @property
+    def silent_s(self) -> float:
+        """For how long the engine has owed us something and said nothing; 0 while it owes nothing."""
+        return time.monotonic() - self.last_heard if self._waiting else 0.0
+
+    def lose(self, why: str) -> None:
+        """Give the engine up: whoever waits for it is told."""
+        self._why_lost = why
+        self._reader.cancel()
 
     async def close(self) -> None:
         self._reader.cancel()
@@ -71,6 +84,8 @@ class Session:
             raise QueueFull(f"{self._max} requests for {self._key} are in progress already")
         key, self._next = self._next, self._next + 1
         steps: asyncio.Queue[Step | LingquError] = asyncio.Queue()
+        if not self._waiting:
+            self.last_heard = time.monotonic()
         self._waiting[key] = steps
         self._outgoing.put_nowait(
             wire.Command("submit", self._id, self._secret, key, Job(key, prompt, sampling), traceparent)
@@ -137,6 +152,7 @@ class Session:
             log.warning("session of %s: %s", self._key, reason)
         finally:
             self.lost.set()
+            reason = self._why_lost or reason
             for steps in self._waiting.values():
                 steps.put_nowait(BackendUnavailable(f"{self._key}: {reason}; try again"))
             for score in self._scores.values():
@@ -144,6 +160,7 @@ class Session:
                     score.set_exception(BackendUnavailable(f"{self._key}: {reason}; try again"))
 
     def _on_answer(self, answer: Any) -> None:
+        self.last_heard = time.monotonic()
         response = answer.infer_response
         if response.id != OPEN_ID and (score := self._scores.get(int(response.id or 0))) is not None:
             if not score.done():

@@ -72,7 +72,7 @@ class Store:
             except SignatureRefused as err:
                 raise ArtifactRefused(f"{uri}: {err}") from err
         folder = self._root / sha256
-        with _writing(uri, folder), locked(self._root / LOCKS / sha256, self._go_on):
+        with _writing(uri, folder), locked(self._root / LOCKS / sha256, self.go_on):
             folder.mkdir(exist_ok=True)
             source = _Source(uri)
             manifest = self._manifest(source, folder, sha256)
@@ -139,7 +139,7 @@ class Store:
 
         def tell(done: int, total: int) -> None:
             nonlocal told_at
-            self._go_on()
+            self.go_on()
             if progress is not None:
                 progress(done, total)
             if time.monotonic() - told_at >= LOG_EVERY_S:
@@ -148,7 +148,8 @@ class Store:
 
         return tell
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Raises ArtifactUnreachable once the store is closed."""
         if self._closed.is_set():
             raise ArtifactUnreachable("the service is stopping")
 

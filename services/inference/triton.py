@@ -17,10 +17,12 @@ from tritonclient.grpc import service_pb2_grpc
 from services.core.discovery import VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
 from services.core.lifecycle import CHANNEL_OPTIONS
+from services.inference.watchdog import Pulse
 
 _DATATYPES = {"int32": "INT32", "int64": "INT64", "float32": "FP32"}
 _DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
 LOAD_TIMEOUT_S = 600.0
+UNHEALTHY = "is not healthy"  # what Triton says of a model's process that died or does not react
 
 
 class LoadFailed(Exception):
@@ -31,10 +33,20 @@ class Triton:
     def __init__(self, address: str) -> None:
         self.address = address
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._pulses: dict[VersionKey, Pulse] = {}
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def close(self) -> None:
         await self._channel.close()
+
+    def pulse(self, key: VersionKey) -> Pulse:
+        """When a version was last heard of, of the requests that `infer` sent."""
+        return self._pulses.setdefault(key, Pulse())
+
+    def new_pulse(self, key: VersionKey) -> Pulse:
+        """Of a version that was just loaded: nothing that was before counts."""
+        self._pulses[key] = Pulse()
+        return self._pulses[key]
 
     async def ready_versions(self) -> set[VersionKey]:
         """What Triton serves now. Raises BackendUnavailable if it is gone, DeadlinePassed if it is slow."""
@@ -80,9 +92,14 @@ class Triton:
             tensor.shape.extend(array.shape)
             request.raw_input_contents.append(np.ascontiguousarray(array).tobytes())
         metadata = (("traceparent", traceparent),) if traceparent else ()
+        pulse = self.pulse(key)
         try:
-            answer = await self._stub.ModelInfer(request, timeout=timeout, metadata=metadata)
+            with pulse:
+                answer = await self._stub.ModelInfer(request, timeout=timeout, metadata=metadata)
+                pulse.heard()
         except grpc.aio.AioRpcError as err:
+            if UNHEALTHY in (err.details() or ""):
+                pulse.complain()
             raise _translated(key, err) from err
         for index, tensor in enumerate(answer.outputs):
             if tensor.name == output:
@@ -108,4 +125,6 @@ def _translated(key: VersionKey, err: grpc.aio.AioRpcError) -> LingquError:
         return DeadlinePassed(f"{key} did not answer before the deadline")
     if err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
         return BackendUnavailable(f"{key} is not available in Triton at the moment")
+    if UNHEALTHY in (err.details() or ""):
+        return BackendUnavailable(f"the process of {key} in Triton does not react; it is started again")
     return LingquError(f"{key} failed in Triton: {err.details()}")

@@ -73,6 +73,8 @@ def instance(value: instances_pb2.Instance) -> instances_pb2.Instance:
             raise InvalidInput(f"instance.models[{index}].version", "versions are numbered from 1")
         if len(hosted.detail) > MAX_DETAIL:
             raise InvalidInput(f"instance.models[{index}].detail", f"at most {MAX_DETAIL} characters")
+        if not 0 <= hosted.progress <= 1:
+            raise InvalidInput(f"instance.models[{index}].progress", "is a share, 0 to 1")
     return value
 
 

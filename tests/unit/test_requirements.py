@@ -45,7 +45,7 @@ def test_what_is_missing_is_named_together_with_what_is_here(needs: Requirements
 
 
 def test_an_engine_that_is_not_installed_is_named() -> None:
-    assert "has none" in (unmet(Requirements(">=1"), "tensorrt", HERE) or "")
+    assert "has none" in (unmet(Requirements(">=1"), "vllm", HERE) or "")
 
 
 def test_this_machine_has_what_the_pipeline_asks_for() -> None:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -262,6 +263,34 @@ def test_a_server_without_ranges_is_read_from_the_start(
         thread.join()
         server.server_close()
     assert same(folder, package.folder)
+
+
+FETCH = """
+import sys, time
+from pathlib import Path
+from services.inference.store import Store
+
+def slowly(done, total):
+    print(done, flush=True)
+    time.sleep(0.05)
+
+Store(Path(sys.argv[1])).fetch(sys.argv[2], sys.argv[3], progress=slowly)
+"""
+
+
+def test_a_fetch_that_was_killed_goes_on_where_it_was(tmp_path: Path, store: Store, package: Package) -> None:
+    arguments = [str(tmp_path / "store"), f"file://{package.folder}", package.sha256]
+    with subprocess.Popen(
+        [sys.executable, "-c", FETCH, *arguments], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
+    ) as process:
+        assert process.stdout is not None
+        for said in process.stdout:
+            if int(said) > 3 << 20:
+                break
+        process.kill()
+    folder = store.fetch(f"cut://{package.folder}", package.sha256)
+    assert same(folder, package.folder)
+    assert line.read < package.size_bytes - (2 << 20), "what the killed one had was not read again"
 
 
 def test_a_store_that_is_closed_fetches_no_further(store: Store, package: Package) -> None:

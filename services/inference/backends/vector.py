@@ -1,19 +1,18 @@
-"""The vector model inside Triton: ONNX Runtime on CPU, fed by Triton's dynamic batcher."""
+"""The vector model inside Triton: ONNX Runtime or OpenVINO on CPU, fed by Triton's dynamic batcher."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 from services.inference.artifact import Manifest
 from services.inference.backends.spans import VectorSpans
+from services.inference.runtimes import open_encoder
 
 # Tokens, padding included, of one run of the graph: 16 texts of 256 tokens.
 MAX_RUN_TOKENS = 4096
@@ -28,17 +27,12 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"]) / args["model_version"]
-        spec = Manifest.read(folder).vector
+        manifest = Manifest.read(folder)
+        spec = manifest.vector
         if spec is None:
             raise pb_utils.TritonModelException("the artifact's manifest describes no vector model")
         self._spec = spec
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = os.cpu_count() or 1
-        # Threads that spin for work between two batches would take the cores from everything else.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(
-            str(folder / spec.weights), options, providers=["CPUExecutionProvider"]
-        )
+        self._runtime = open_encoder(manifest.runtime, folder / spec.weights, ("embedding",))
         endpoint = config["parameters"].get("otlp_endpoint", {}).get("string_value", "")
         self._spans = VectorSpans(endpoint, config["name"])
 
@@ -85,7 +79,7 @@ class TritonPythonModel:
             for at, (index, row) in enumerate(run):
                 length = blocks[index][0].shape[1]
                 ids[at, :length], mask[at, :length] = (part[row] for part in blocks[index])
-            (vectors,) = self._session.run(["embedding"], {"input_ids": ids, "attention_mask": mask})
+            vectors = self._runtime.run({"input_ids": ids, "attention_mask": mask})["embedding"]
             for at, (index, row) in enumerate(run):
                 found[index][row] = vectors[at]
         return found
