@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -23,7 +25,10 @@ from services.inference.triton import Triton, command_request
 
 log = logging.getLogger(__name__)
 
-OPEN_ID = "open"
+OPEN_ID, BATCH_ID = "open", "batch"
+MAX_BATCH = 256  # commands in a message
+MAX_BATCH_TOKENS = 100_000  # of prompts in a message, after which no more are put into it
+BYTES_PREFIX = 4  # of a string in a BYTES tensor: its length
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +50,15 @@ class Session:
         self._id = uuid.uuid4().hex
         self._max = max_sequences
         self._next = 1
-        self._outgoing: asyncio.Queue[wire.Command] = asyncio.Queue()
+        self._outgoing: deque[wire.Command] = deque()
+        self._more, self._taken = asyncio.Event(), asyncio.Event()
+        self._sent: tuple[wire.Command, ...] = ()  # the batch that is not taken yet
         self._waiting: dict[int, asyncio.Queue[Step | LingquError]] = {}
         self._scores: dict[int, asyncio.Future[npt.NDArray[np.float32]]] = {}
         self.lost = asyncio.Event()
         self.last_heard = time.monotonic()
         self._why_lost = ""
-        self._outgoing.put_nowait(wire.Command("open", self._id, secret))
+        self._taken.set()
         self._reader = asyncio.create_task(self._read(), name=f"session {key}")
 
     @property
@@ -87,9 +94,7 @@ class Session:
         if not self._waiting:
             self.last_heard = time.monotonic()
         self._waiting[key] = steps
-        self._outgoing.put_nowait(
-            wire.Command("submit", self._id, self._secret, key, Job(key, prompt, sampling), traceparent)
-        )
+        self._send("submit", key, Job(key, prompt, sampling), traceparent)
         finished = False
         try:
             while not finished:
@@ -109,7 +114,7 @@ class Session:
         finally:
             del self._waiting[key]
             if not finished:
-                self._outgoing.put_nowait(wire.Command("cancel", self._id, self._secret, key))
+                self._send("cancel", key)
 
     async def score(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """FP32 [tokens - 1]: log-probability of each token but the first.
@@ -121,21 +126,41 @@ class Session:
             raise QueueFull(f"{self._max} texts for {self._key} are being scored already")
         key, self._next = self._next, self._next + 1
         found = self._scores[key] = asyncio.get_running_loop().create_future()
-        job = Job(key, ids, Sampling(max_tokens=1))
-        self._outgoing.put_nowait(wire.Command("score", self._id, self._secret, key, job))
+        self._send("score", key, Job(key, ids, Sampling(max_tokens=1)))
         try:
             logprobs: npt.NDArray[np.float32] = await found
             return logprobs
         finally:
             del self._scores[key]
             if not found.done() or found.cancelled():
-                self._outgoing.put_nowait(wire.Command("cancel", self._id, self._secret, key))
+                self._send("cancel", key)
+
+    def _send(self, op: str, key: int = 0, job: Job | None = None, traceparent: str = "") -> None:
+        self._outgoing.append(wire.Command(op, self._id, self._secret, key, job, traceparent))
+        self._more.set()
 
     async def _requests(self) -> AsyncGenerator[Any, None]:
+        """One batch at a time: what comes while it is not taken goes with the next one."""
+        yield command_request(self._key, OPEN_ID, wire.dump(wire.Command("open", self._id, self._secret)))
         while True:
-            command = await self._outgoing.get()
-            request_id = OPEN_ID if command.op == "open" else str(command.key)
-            yield command_request(self._key, request_id, wire.dump(command))
+            await self._more.wait()
+            await self._taken.wait()
+            batch: list[wire.Command] = []
+            size = 0
+            while self._outgoing and len(batch) < MAX_BATCH and size < MAX_BATCH_TOKENS:
+                command = self._outgoing.popleft()
+                size += len(command.job.input_ids) if command.job is not None else 0
+                if command.op == "score":  # answered when it is computed, and by itself
+                    yield command_request(self._key, str(command.key), wire.dump(command))
+                else:
+                    batch.append(command)
+            if not self._outgoing:
+                self._more.clear()
+            if batch:
+                self._sent = tuple(batch)
+                self._taken.clear()
+                whole = wire.Command("batch", self._id, self._secret, parts=self._sent)
+                yield command_request(self._key, BATCH_ID, wire.dump(whole))
 
     async def _read(self) -> None:
         reason = "the session with Triton ended"
@@ -161,23 +186,34 @@ class Session:
 
     def _on_answer(self, answer: Any) -> None:
         self.last_heard = time.monotonic()
-        response = answer.infer_response
-        if response.id != OPEN_ID and (score := self._scores.get(int(response.id or 0))) is not None:
-            if not score.done():
-                if answer.error_message:
-                    score.set_exception(LingquError(f"{self._key}: {answer.error_message}"))
-                elif response.raw_output_contents:
-                    score.set_result(np.frombuffer(response.raw_output_contents[0], np.float32))
-            return
-        if answer.error_message:
-            if response.id == OPEN_ID:
-                log.error("session of %s refused: %s", self._key, answer.error_message)
+        response, error = answer.infer_response, answer.error_message
+        if response.id == OPEN_ID:
+            if error:
+                log.error("session of %s refused: %s", self._key, error)
                 self._reader.cancel()
-            elif (steps := self._waiting.get(int(response.id or 0))) is not None:
-                steps.put_nowait(LingquError(f"{self._key}: {answer.error_message}"))
-            return
-        if not response.raw_output_contents:
-            return
+            elif response.raw_output_contents:
+                self._on_step(response)
+        elif response.id == BATCH_ID:
+            self._on_taken(response, error)
+        elif (score := self._scores.get(int(response.id or 0))) is not None and not score.done():
+            if error:
+                score.set_exception(LingquError(f"{self._key}: {error}"))
+            elif response.raw_output_contents:
+                score.set_result(np.frombuffer(response.raw_output_contents[0], np.float32))
+
+    def _on_taken(self, response: Any, error: str) -> None:
+        """The batch is with the engine, but for what it refused."""
+        sent, self._sent = self._sent, ()
+        self._taken.set()
+        if error:
+            errors = {str(command.key): error for command in sent}
+        else:
+            errors = json.loads(response.raw_output_contents[0][BYTES_PREFIX:])
+        for key, why in errors.items():
+            if (steps := self._waiting.get(int(key))) is not None:
+                steps.put_nowait(LingquError(f"{self._key}: {why}"))
+
+    def _on_step(self, response: Any) -> None:
         rows = np.frombuffer(response.raw_output_contents[0], np.int32).reshape(-1, wire.COLUMNS).tolist()
         tokens: dict[int, list[int]] = {}
         logprobs: dict[int, list[float]] = {}

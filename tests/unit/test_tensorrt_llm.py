@@ -91,6 +91,8 @@ class Sink:
 
     def step_done(self, running: int) -> None: ...
 
+    def alive(self) -> None: ...
+
 
 @pytest.fixture
 def made() -> Iterator[Callable[[FakeModule], tuple[TensorRtPipeline, Engine]]]:
@@ -98,7 +100,7 @@ def made() -> Iterator[Callable[[FakeModule], tuple[TensorRtPipeline, Engine]]]:
 
     def make(module: FakeModule) -> tuple[TensorRtPipeline, Engine]:
         pipeline = open_pipeline(module, Path("/models/m"), (2, 7), 4096, 64)
-        opened.append((pipeline, Engine(pipeline, pipeline.add, lambda text: None)))
+        opened.append((pipeline, Engine(lambda: pipeline, lambda text: None)))
         return opened[-1]
 
     yield make

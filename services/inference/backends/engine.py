@@ -182,7 +182,7 @@ class Engine:
         self._slices = Slices()
         self._slice: Handle | None = None  # the one that is being computed
         self._next_id = 1
-        self._alive_at = 0.0
+        self._alive_at = time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -400,4 +400,4 @@ def _read(handle: Handle) -> tuple[list[int], list[float], Finish]:
 
 
 GONE = ("IGNORED", "CANCEL", "STOP")
-_REASONS = {"STOP": Finish.STOP, "LENGTH": Finish.LENGTH, "TOOL_CALL": Finish.STOP}
+_REASONS = {"STOP": Finish.STOP, "LENGTH": Finish.LENGTH, "TOOL_CALL": Finish.STOP, "FAILED": Finish.FAILED}

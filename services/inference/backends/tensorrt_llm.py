@@ -61,7 +61,7 @@ class TensorRtHandle:
         self._loop.call_soon_threadsafe(self.abort)
 
     def get_status(self) -> Named:
-        """ "RUNNING", "FINISHED", or "STOP" for one that ended without a reason."""
+        """ "RUNNING" or "FINISHED"."""
         return self._status
 
     def abort(self) -> None:
@@ -84,12 +84,14 @@ class TensorRtHandle:
         if tokens or name != "NONE":
             logprobs = [_logprob(one, token) for one, token in zip(found, tokens, strict=False)]
             self._outputs.append(Output(tokens, logprobs, Named(name)))
-        if reason is not None:
-            self._status = Named("FINISHED" if name != "NONE" else "STOP")
+        if name != "NONE":
+            self._status = Named("FINISHED")
 
     def fail(self) -> None:
+        """It ended without a reason of the table."""
         if self._status.name == "RUNNING":
-            self._status = Named("STOP")
+            self._outputs.append(Output([], [], Named("FAILED")))
+            self._status = Named("FINISHED")
 
 
 class TensorRtPipeline:

@@ -88,20 +88,31 @@ class TritonPythonModel:
         sink = self._sessions.get(command.session)
         if sink is None:
             raise ValueError("no such session: open one first")
+        if command.op == "score" and command.job is not None:
+            self._score(command.job, sender)
+        elif command.op == "batch":
+            errors: dict[int, str] = {}
+            for part in command.parts:
+                try:
+                    self._obey(part, sink)
+                except ValueError as err:  # the others are somebody else's
+                    errors[part.key] = str(err)
+            sender.send(_text_response(json.dumps(errors)), flags=FINAL)
+        else:
+            raise ValueError(f'unknown command "{command.op}"')
+
+    def _obey(self, command: wire.Command, sink: SessionSink) -> None:
+        """Raises ValueError."""
         if command.op == "submit" and command.job is not None:
             self._check(command.job)
             sink.begin(command.key, command.traceparent, len(command.job.input_ids))
             self._submit(command.job, sink)
-        elif command.op == "score" and command.job is not None:
-            self._score(command.job, sender)
-            return
         elif command.op == "cancel":
             self._engine.cancel(sink, command.key)
             if self._scorer is not None:
                 self._scorer.cancel(command.key)
         else:
             raise ValueError(f'unknown command "{command.op}"')
-        sender.send(flags=FINAL)
 
     def _score(self, job: Job, sender: Any) -> None:
         self._check_ids(job)

@@ -6,10 +6,14 @@ holding JSON; `id` names the session, `secret` (left out below) proves that infe
 may send tensors to the model, but only inference may speak for many clients.
 
     {"op": "open", "id": "…"}                      answered by `step` tensors until the stream ends
-    {"op": "submit", "id": "…", "key": 7, "input_ids": […], "sampling": {…}, "traceparent": "00-…"}
-    {"op": "cancel", "id": "…", "key": 7}          both answered once, empty or with an error
+    {"op": "batch", "id": "…", "commands": […]}    answered once, by `text_output`: {"7": "its error"}, of
+        {"op": "submit", "key": 7, "input_ids": […], "sampling": {…}, "traceparent": "00-…"}
+        {"op": "cancel", "key": 7}
     {"op": "score", "id": "…", "key": 8, "input_ids": […]}    answered once by `logprobs`, FP32 [tokens - 1]
     {"op": "stats", "id": ""}                      answered by `text_output`: engine.Counts as JSON
+
+While it steps, the engine lets next to nothing else run in its process: about one request is taken a step.
+That is why inference sends what has come meanwhile as one batch.
 
 `step` is INT32 [n, 4]: rows of (key, token id or NO_TOKEN, Finish, bits of the FP32 log-probability). Without
 rows it says that the engine works.
@@ -52,7 +56,7 @@ def logprob(bits: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One of the requests above; `job` is set for a submit and a score."""
+    """One of the requests above; `job` is set for a submit and a score, `parts` for a batch."""
 
     op: str
     session: str
@@ -60,38 +64,48 @@ class Command:
     key: int = 0
     job: Job | None = None
     traceparent: str = ""
+    parts: tuple[Command, ...] = ()
 
 
 def dump(command: Command) -> bytes:
-    body: dict[str, Any] = {
-        "op": command.op,
-        "id": command.session,
-        "secret": command.secret,
-        "key": command.key,
-    }
+    body = _body(command)
+    body["id"], body["secret"] = command.session, command.secret
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _body(command: Command) -> dict[str, Any]:
+    body: dict[str, Any] = {"op": command.op, "key": command.key}
+    if command.parts:
+        body["commands"] = list(map(_body, command.parts))
     if command.job is not None:
         body["input_ids"] = list(command.job.input_ids)
         if command.op == "submit":
             body["sampling"] = asdict(command.job.sampling)
             body["traceparent"] = command.traceparent
-    return json.dumps(body, separators=(",", ":")).encode()
+    return body
 
 
 def load(raw: bytes) -> Command:
     """Raises ValueError if `raw` is not what `dump` makes."""
     try:
         body = json.loads(raw)
-        op, session, secret = str(body["op"]), str(body["id"]), str(body["secret"])
-        key = int(body.get("key", 0))
-        if not 0 <= key <= MAX_KEY:
-            raise ValueError(f"key: 0 to {MAX_KEY}")
-        job = None
-        if op in ("submit", "score"):
-            sampling = _sampling(body["sampling"]) if op == "submit" else Sampling(max_tokens=1)
-            job = Job(key, [int(i) for i in body["input_ids"]], sampling)
-        return Command(op, session, secret, key, job, str(body.get("traceparent", "")))
+        return _command(body, str(body["id"]), str(body["secret"]), nested=False)
     except (KeyError, TypeError, AttributeError, OverflowError) as err:
         raise ValueError(f"not a session command: {err!r}") from err
+
+
+def _command(body: dict[str, Any], session: str, secret: str, *, nested: bool) -> Command:
+    op, key = str(body["op"]), int(body.get("key", 0))
+    if not 0 <= key <= MAX_KEY:
+        raise ValueError(f"key: 0 to {MAX_KEY}")
+    job = None
+    parts: tuple[Command, ...] = ()
+    if op in ("submit", "score"):
+        sampling = _sampling(body["sampling"]) if op == "submit" else Sampling(max_tokens=1)
+        job = Job(key, [int(i) for i in body["input_ids"]], sampling)
+    elif op == "batch" and not nested:
+        parts = tuple(_command(part, session, secret, nested=True) for part in body["commands"])
+    return Command(op, session, secret, key, job, str(body.get("traceparent", "")), parts)
 
 
 def _sampling(body: dict[str, Any]) -> Sampling:
