@@ -24,6 +24,7 @@ MAX_TEMPERATURE = 2.0
 MAX_REPETITION_PENALTY = 2.0
 MAX_PENALTY = 2.0
 IDLE_POLL_S = 0.2  # how soon a sink that gave up is noticed while nothing is computed
+GATHER_S, GATHER_MOST_S = 0.002, 0.012  # for company, where most of a step would be new: each, in all
 ALIVE_S = 2.0  # how often sinks hear that the engine works, even if it has no token for them
 REOPEN_S = (1.0, 30.0)  # between attempts to open a runtime again: at first, at most
 
@@ -236,14 +237,15 @@ class Engine:
         self._flush()
 
     def _take_commands(self) -> None:
-        """All that wait; blocks a little while there is nothing to compute."""
+        """All that wait; blocks a little while there is nothing to compute. What would be computed anew waits
+        for others that come at the same moment: a step that has begun keeps them out until it ends."""
+        before, gathered_until = len(self._running), time.monotonic() + GATHER_MOST_S
+        wait = 0.0 if self._running else IDLE_POLL_S
         try:
-            command = (
-                self._commands.get(timeout=IDLE_POLL_S) if not self._running else self._commands.get_nowait()
-            )
             while True:
-                self._obey(*command)
-                command = self._commands.get_nowait()
+                self._obey(*self._commands.get(block=wait > 0, timeout=wait))
+                new = len(self._running) - before
+                wait = min(GATHER_S, gathered_until - time.monotonic()) if new > before else 0.0
         except queue.Empty:
             return
 
