@@ -21,6 +21,7 @@ from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
 from services.gateway.snapshot import Snapshot, snapshot
 from services.gateway.view import View, view
+from tests.statics import as_dict, static
 
 ENTRY = Entry("127.0.0.1:8080", "127.0.0.1:8081", {"keys": []}, "127.0.0.1:4317")
 
@@ -45,7 +46,8 @@ def registries(draw: st.DrawFn) -> tuple[list[Replica], list[Model]]:
         hosted = tuple(
             Hosted(v.key, draw(st.sampled_from([READY, LOADING, FAILED]))) for m in models for v in m.versions
         )
-        endpoints = {"grpc": f"10.0.0.{number + 1}:8083", "oip": f"10.0.0.{number + 1}:8001"}
+        protocols = {"grpc": 8083, "oip": 8001, "http": 8093}
+        endpoints = {name: f"10.0.0.{number + 1}:{port}" for name, port in protocols.items()}
         replicas.append(Replica(f"r{number}", "inference", endpoints, hosted))
     return replicas, models
 
@@ -151,30 +153,13 @@ def test_envoy_accepts_a_snapshot(tmp_path: Path, traces: str, weights: tuple[tu
     versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "generate", "x") for n in (1, 2))
     entry = Entry("127.0.0.1:0", "127.0.0.1:1", KeyRing.at(tmp_path / "key.pem").jwks(), traces)
     made = snapshot(view([], [Model("m", versions, weights)]), entry)
-    listener = as_dict(made, xds.LISTENER)["public"]
-    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-    del manager["rds"]
-    manager["route_config"] = as_dict(made, xds.ROUTES)["public"]
-    clusters = []
-    for cluster in as_dict(made, xds.CLUSTER).values():
-        if cluster["type"] == "EDS":
-            del cluster["eds_cluster_config"]
-            cluster |= {"type": "STATIC", "load_assignment": as_dict(made, xds.ENDPOINTS)[cluster["name"]]}
-        clusters.append(cluster)
     config = tmp_path / "envoy.json"
-    config.write_text(json.dumps({"static_resources": {"listeners": [listener], "clusters": clusters}}))
+    config.write_text(json.dumps(static(made)))
     binary = envoy(Layout(tmp_path)).argv[0]
     checked = subprocess.run(
         [binary, "--mode", "validate", "-c", str(config)], capture_output=True, text=True, timeout=60
     )
     assert checked.returncode == 0, checked.stderr[-2000:]
-
-
-def as_dict(made: Snapshot, kind: str) -> dict[str, Any]:
-    return {
-        name: MessageToDict(message, preserving_proto_field_name=True)
-        for name, message in made.resources[kind].items()
-    }
 
 
 def test_nothing_is_a_view_too() -> None:
