@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from deploy.local import layout as at
 from deploy.local import triton
@@ -76,11 +77,13 @@ def parts(layout: Layout, options: Options) -> list[Part]:
             {
                 **common,
                 "LINGQU_INFERENCE_LISTEN": layout.address(at.INFERENCE),
+                "LINGQU_INFERENCE_HTTP_LISTEN": layout.address(at.INFERENCE_HTTP),
                 "LINGQU_TRITON": layout.address(at.TRITON_GRPC),
                 "LINGQU_INSTANCE_TTL_S": str(INSTANCE_TTL_S),
                 "LINGQU_ARTIFACTS": str(layout.state / "artifacts"),
                 "LINGQU_MODEL_REPOSITORY": str(layout.state / "triton" / "models"),
             },
+            {at.INFERENCE_HTTP: "inference REST"},
         ),
         envoy(layout),
     ]
@@ -159,13 +162,20 @@ def envoy(layout: Layout) -> Part:
     )
 
 
-def _service(layout: Layout, name: str, port: int, needs: tuple[str, ...], env: Mapping[str, str]) -> Part:
+def _service(
+    layout: Layout,
+    name: str,
+    port: int,
+    needs: tuple[str, ...],
+    env: Mapping[str, str],
+    more_ports: Mapping[int, str] = MappingProxyType({}),
+) -> Part:
     return Part(
         name=name,
         argv=(sys.executable, "-m", f"services.{name}"),
         env=env,
         ready=grpc_ready(layout.address(port)),
-        ports=_ports(layout, {port: name}),
+        ports=_ports(layout, {port: name, **more_ports}),
         needs=needs,
     )
 

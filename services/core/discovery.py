@@ -98,6 +98,8 @@ class Version:
     evaluation: Mapping[str, float] = field(default_factory=dict)
     offline: bool = False
     """Retired or rejected: nobody loads it."""
+    created: int = 0
+    """Seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +378,7 @@ def to_model(record: models_pb2.Model) -> Model:
             v.golden_examples,
             dict(v.evaluation),
             v.stage in (models_pb2.STAGE_RETIRED, models_pb2.STAGE_REJECTED),
+            v.create_time.seconds,
         )
         for v in record.versions
     )

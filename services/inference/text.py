@@ -44,6 +44,8 @@ class GenerateJob:
     grammar: Grammar | None = None
     tools: tuple[Tool, ...] = ()
     cached: bool = True
+    prompt_ids: tuple[int, ...] | None = None
+    """Tokens to continue, in place of `prompt` and `turns`."""
 
     @property
     def deterministic(self) -> bool:
@@ -112,6 +114,21 @@ class TextModel:
                     yield Delta(text)
 
     async def _encode(self, job: GenerateJob) -> list[int]:
+        field, ids = await self._prompt(job)
+        if len(ids) >= self._spec.context_tokens:
+            raise InvalidInput(
+                field,
+                f"{len(ids)} tokens do not fit the context of {self._spec.context_tokens} tokens "
+                f"with at least one token of answer",
+            )
+        return ids
+
+    async def _prompt(self, job: GenerateJob) -> tuple[str, list[int]]:
+        """The field that it is in, and its tokens. Raises InvalidInput."""
+        if job.prompt_ids is not None:
+            if max(job.prompt_ids) >= (size := self._tokenizer.get_vocab_size()):
+                raise InvalidInput("prompt", f"a token id is not below {size}, the size of the vocabulary")
+            return "prompt", list(job.prompt_ids)
         if job.turns:
             if self._template is None:
                 raise InvalidInput("messages", f"{self.key.model} has no chat template; send prompt instead")
@@ -121,14 +138,7 @@ class TextModel:
         encoding = await unblocked(
             len(text), lambda: self._tokenizer.encode(text, add_special_tokens=special)
         )
-        ids: list[int] = encoding.ids
-        if len(ids) >= self._spec.context_tokens:
-            raise InvalidInput(
-                field,
-                f"{len(ids)} tokens do not fit the context of {self._spec.context_tokens} tokens "
-                f"with at least one token of answer",
-            )
-        return ids
+        return field, encoding.ids
 
     def _sampling(self, job: GenerateJob, prompt_tokens: int) -> Sampling:
         room = self._spec.context_tokens - prompt_tokens
