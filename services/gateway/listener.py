@@ -18,12 +18,12 @@ from services.core.errors import (
     to_rpc_status,
 )
 from services.core.identity import AUDIENCE, ISSUER
+from services.core.rest import MAX_BODY_BYTES
 from services.gateway import replies
 from services.gateway.clusters import ADS, TRACES, socket_address
 from services.gateway.descriptors import descriptor_set, extractions
 from services.gateway.routes import (
     CLIENT_HEADER,
-    MAX_REST_BYTES,
     MODEL_HEADER,
     OPEN_PREFIXES,
     ROUTES,
@@ -150,7 +150,7 @@ def _mappers() -> list[dict[str, Any]]:
     }
     only_rest = {
         404: NotFound("there is no such path on this port"),
-        413: MessageTooLarge(f"the gateway reads bodies up to {MAX_REST_BYTES >> 20} MiB"),
+        413: MessageTooLarge(f"the gateway reads bodies up to {MAX_BODY_BYTES >> 20} MiB"),
     }
     details = [(_code_details_contain(text), error) for text, error in by_details.items()]
     statuses = [(_status_is(status), error) for status, error in by_status.items()]

@@ -7,7 +7,7 @@ import base64
 from typing import Any
 
 from services.core.errors import LingquError, to_rpc_status
-from services.core.http_errors import to_http
+from services.core.rest import to_http
 
 
 def details_header(error: LingquError) -> str:

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from services.core.errors import InvalidInput, LingquError, Unimplemented
+from services.core.rest import MAX_BODY_BYTES
 from services.gateway import replies
 from services.gateway.clusters import ANY_REST, ANY_TRITON, CONTROL, backends
 from services.gateway.descriptors import TENSOR_SERVER, TENSOR_SERVICE, TEXT_SERVICE
@@ -27,7 +28,6 @@ JSON = "envoy.filters.http.json_to_metadata"
 REST_WITH_MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 REST_OTHERS = ("/v1/", "/openapi.json")
 REST_SERVICE = "rest"
-MAX_REST_BYTES = 8 << 20
 UNBOUNDED = {"timeout": "0s", "idle_timeout": "0s", "max_stream_duration": {"grpc_timeout_header_max": "0s"}}
 
 
@@ -80,7 +80,7 @@ def _rest(known: dict[str, Any]) -> dict[str, Any]:
         "typed_per_filter_config": {
             JSON: {"@type": "type.googleapis.com/envoy.config.route.v3.FilterConfig", "config": {}}
         },
-        "request_body_buffer_limit": MAX_REST_BYTES,
+        "request_body_buffer_limit": MAX_BODY_BYTES,
     }
     unread = _action({**_to_any_rest(), **reading})
     if not known:

@@ -18,9 +18,9 @@ from deploy.local.parts import envoy
 from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
+from services.core.rest import MAX_BODY_BYTES
 from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
-from services.gateway.routes import MAX_REST_BYTES
 from services.gateway.snapshot import snapshot
 from services.gateway.view import view
 from tests.conftest import free_offset
@@ -196,7 +196,7 @@ async def test_what_names_no_model_reaches_some_server(gate: Gate, body: bytes) 
 
 async def test_deep_json_does_not_end_envoy(gate: Gate) -> None:
     for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
-        depth = MAX_REST_BYTES // (len(opening) + len(closing)) - 100
+        depth = MAX_BODY_BYTES // (len(opening) + len(closing)) - 100
         for body in (opening * depth, opening * depth + b"1" + closing * depth):
             answer = await gate.post(b'{"model": "alone", "x": ' + body + b"}")
             assert answer.json()["size"] == len(body) + 25
@@ -216,9 +216,9 @@ async def test_bodies_up_to_the_limit_pass_and_no_larger_ones(gate: Gate) -> Non
         frame = b'{"model": "alone", "x": ""}'
         return frame[:-2] + b"x" * (size - len(frame)) + frame[-2:]
 
-    passed = await gate.post(sized(MAX_REST_BYTES - 100_000))
-    assert passed.json()["size"] == MAX_REST_BYTES - 100_000
-    refused = await gate.post(sized(MAX_REST_BYTES + 200_000))
+    passed = await gate.post(sized(MAX_BODY_BYTES - 100_000))
+    assert passed.json()["size"] == MAX_BODY_BYTES - 100_000
+    refused = await gate.post(sized(MAX_BODY_BYTES + 200_000))
     assert refused.status_code == 413
     assert refused.json()["error"]["code"] == "request_too_large"
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from services.core.errors import LingquError, NotFound
-from services.core.http_errors import MethodNotAllowed, to_http
+from services.core.rest import MethodNotAllowed, to_http
 from services.inference.rest.answers import Answer, Whole
 from services.inference.rest.chat import Chat
 from services.inference.rest.completions import Completions

@@ -12,7 +12,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from services.core.errors import InvalidInput
-from services.core.http_errors import UnknownParameter
+from services.core.rest import UnknownParameter
 
 MAX_DEPTH = 64
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")

@@ -103,7 +103,7 @@ def to_job(request: ChatRequest) -> GenerateJob:
     if request.modalities is not None and request.modalities != ["text"]:
         raise Unsupported("modalities", 'answers are text: use ["text"]')
     if request.max_tokens is not None and request.max_completion_tokens is not None:
-        raise InvalidInput("max_tokens", "only one of max_tokens and max_completion_tokens may be given")
+        raise InvalidInput("max_completion_tokens", "is given together with max_tokens: only one may be")
     fields = jobs.common(request)
     if (most := request.max_completion_tokens or request.max_tokens) is not None:
         fields["max_tokens"] = most

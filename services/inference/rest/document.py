@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import orjson
@@ -13,6 +14,7 @@ _REF = "#/components/schemas/"
 _REQUESTS = (ChatRequest, CompletionRequest, EmbeddingRequest)
 
 
+@cache
 def document() -> bytes:
     """JSON text."""
     _, made = models_json_schema(

@@ -38,6 +38,8 @@ class Embeddings:
 def to_job(request: EmbeddingRequest) -> EmbedJob:
     """Raises InvalidInput, naming OpenAI's parameter."""
     given: Any = [request.input] if isinstance(request.input, str) else request.input
+    if not 1 <= len(given) <= convert.MAX_INPUTS and not (given and isinstance(given[0], int)):
+        raise InvalidInput("input", f"{len(given)} texts, but 1 to {convert.MAX_INPUTS} are allowed")
     if isinstance(given[0], int):
         given = [given]
     if isinstance(given[0], list):

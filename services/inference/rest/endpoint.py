@@ -17,14 +17,13 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from services.core.errors import DeadlinePassed, InvalidInput, LingquError, MessageTooLarge
-from services.core.http_errors import to_http
+from services.core.rest import MAX_BODY_BYTES, to_http
 from services.inference.callers import CLIENT_HEADER, Caller, Priority
 from services.inference.rest import sse
 from services.inference.rest.answers import Answer, Whole
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 << 20
 KEEP_ALIVE_S = 15.0
 MODEL_HEADER = "x-lingqu-model"
 VERSION_HEADER = "x-lingqu-model-version"

@@ -26,6 +26,11 @@ Name = Annotated[str, Field(min_length=1, description="Name of the model, as GET
 Schema = dict[str, Any]
 
 
+def _at_most(items: int) -> Any:
+    """Published here, checked in convert.py: pydantic would tell of the union's other branches."""
+    return Field(json_schema_extra={"maxItems": items})
+
+
 class Strict(BaseModel):
     """No value is converted, and what is not listed is refused."""
 
@@ -65,7 +70,7 @@ class Generating(Strict):
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE, description="Default: 1.")
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CANDIDATES)
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: str | Annotated[list[str], _at_most(MAX_STOPS)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     presence_penalty: float | None = Field(None, ge=-MAX_PENALTY, le=MAX_PENALTY)
@@ -184,9 +189,9 @@ class EmbeddingRequest(Strict):
     model: Name
     input: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[str], _at_most(MAX_INPUTS)]
+        | list[TokenId]
+        | Annotated[list[list[TokenId]], _at_most(MAX_INPUTS)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, le=MAX_INT)

@@ -1,5 +1,5 @@
-"""The same errors as REST clients see them: an HTTP status and OpenAI's error object. The one table for both
-sides of REST: what inference answers, and what the gateway answers by itself.
+"""What both sides of REST agree on, inference which answers and the gateway which answers some by itself: how
+large a body may be, and errors as REST clients see them, an HTTP status and OpenAI's error object.
 
 {"error": {"message": "…", "type": "…", "param": "field" | null, "code": "…" | null}}
 """
@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 
 from services.core.errors import InvalidInput, LingquError
+
+MAX_BODY_BYTES = 8 << 20
 
 # By status code: HTTP status, type, and the code where the reason has none of its own.
 _BY_CODE: Mapping[grpc.StatusCode, tuple[int, str, str]] = {
