@@ -143,6 +143,9 @@ async def test_a_tool_that_must_be_called_is_a_grammar(client: httpx2.AsyncClien
     assert [tool.name for tool in made.tools] == ["look"]
     assert made.grammar is not None
     assert '"look"' in made.grammar.text
+    broken = {"type": "function", "function": {"name": "a b"}}
+    refused = await client.post(CHAT, json=chat(tools=[ADD, broken, LOOK], tool_choice=named))
+    assert refused.json()["error"]["param"] == "tools[1].function.name"
     made = await job(client, fakes, chat(tools=[ADD, LOOK], tool_choice="required"))
     assert made.grammar is not None
     assert "anyOf" in made.grammar.text

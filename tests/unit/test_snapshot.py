@@ -133,6 +133,35 @@ def test_a_split_compares_one_random_number_with_growing_sums() -> None:
     assert shares == [("tensor/m/1", 500_000), ("tensor/m/2", 800_000), ("tensor/m/3", 1_000_000)]
 
 
+def test_rest_is_split_as_grpc_is_and_told_its_version() -> None:
+    versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "generate", "x") for n in (1, 2))
+    made = snapshot(view([], [Model("m", versions, ((1, 90), (2, 10)))]), ENTRY)
+    routes = [r for r in routes_of(made) if r.get("route", {}).get("cluster", "").startswith("rest/m/")]
+    assert len(routes) == 6  # two versions on three paths
+    for route in routes:
+        version = route["route"]["cluster"].rpartition("/")[2]
+        added = {h["header"]["key"]: h["header"]["value"] for h in route["request_headers_to_add"]}
+        assert added == {"x-lingqu-model-version": version}
+        assert route["request_headers_to_remove"] == ["authorization"]
+    shares = [r["match"]["runtime_fraction"]["default_value"]["numerator"] for r in routes]
+    assert shares == [900_000, 1_000_000] * 3
+
+
+def test_json_is_read_only_where_rest_is_served() -> None:
+    made = snapshot(view([], []), ENTRY)
+    manager = as_dict(made, xds.LISTENER)["public"]["filter_chains"][0]["filters"][0]["typed_config"]
+    reads = [f for f in manager["http_filters"] if f["name"].endswith("json_to_metadata")]
+    assert [f.get("disabled") for f in reads] == [True]
+    on = [r["route"]["cluster"] for r in routes_of(made) if "typed_per_filter_config" in r]
+    assert on == ["rest"] * 3
+
+
+def test_tensor_models_have_no_rest() -> None:
+    version = Version(VersionKey("m", 1), "file:///x", "0", "tensor", "python")
+    made = snapshot(view([], [Model("m", (version,), ((1, 100),))]), ENTRY)
+    assert not any(name.startswith("rest/") for name in made.resources[xds.CLUSTER])
+
+
 def test_endpoints_alone_change_when_a_replica_comes() -> None:
     version = Version(VersionKey("m", 1), "file:///x", "0", "embed", "onnxruntime")
     models = [Model("m", (version,), ((1, 100),))]

@@ -107,8 +107,8 @@ def to_job(request: ChatRequest) -> GenerateJob:
     fields = jobs.common(request)
     if (most := request.max_completion_tokens or request.max_tokens) is not None:
         fields["max_tokens"] = most
-    tools, force = _tools(request)
-    if force and "response_format" in fields:
+    tools, forced = _tools(request)
+    if forced and "response_format" in fields:
         raise InvalidInput("tool_choice", "a forced call and a form of the answer exclude each other")
     job = convert.to_generate_job(
         pb.GenerateRequest(
@@ -123,24 +123,27 @@ def to_job(request: ChatRequest) -> GenerateJob:
                     if tool.function.parameters
                     else "",
                 )
-                for at, tool in tools
+                for at, tool in enumerate(tools)
             ],
         )
     )
-    return replace(job, grammar=calls.forced(job.tools)) if force else job
+    if not forced:
+        return job
+    callable_tools = tuple(tool for tool in job.tools if tool.name in forced)
+    return replace(job, tools=callable_tools, grammar=calls.forced(callable_tools))
 
 
-def _tools(request: ChatRequest) -> tuple[list[tuple[int, Tool]], bool]:
-    """The tools that may be called, with their place in the request, and whether one of them must be."""
-    given, choice = list(enumerate(request.tools or ())), request.tool_choice
+def _tools(request: ChatRequest) -> tuple[list[Tool], set[str]]:
+    """The tools, and the names of those of which one must be called."""
+    given, choice = list(request.tools or ()), request.tool_choice
+    names = {tool.function.name for tool in given}
     if choice is not None and choice != "none" and not given:
         raise InvalidInput("tool_choice", "is for tools only: there are none")
     if isinstance(choice, NamedTool):
-        named = [(at, tool) for at, tool in given if tool.function.name == choice.function.name]
-        if not named:
+        if choice.function.name not in names:
             raise InvalidInput("tool_choice.function.name", "is not the name of one of the tools")
-        return named[:1], True
-    return ([] if choice == "none" else given), choice == "required"
+        return given, {choice.function.name}
+    return ([] if choice == "none" else given), names if choice == "required" else set()
 
 
 def _messages(given: Sequence[Message]) -> list[pb.Message]:
