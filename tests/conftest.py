@@ -36,7 +36,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=long)
 
 
-ALL_PORTS = (at.PUBLIC, at.GATEWAY, at.REGISTRY, at.INFERENCE, at.TRITON_HTTP, at.TRITON_GRPC)
+ALL_PORTS = (
+    at.PUBLIC,
+    at.GATEWAY,
+    at.REGISTRY,
+    at.INFERENCE,
+    at.INFERENCE_HTTP,
+    at.TRITON_HTTP,
+    at.TRITON_GRPC,
+)
 ALL_PORTS += (at.TRITON_METRICS, at.ETCD, at.ETCD_PEER, at.ENVOY_ADMIN)
 # Workers have ports of their own, below those that the system gives to clients.
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from deploy.local import hardware, triton
 from deploy.local import layout as at
@@ -86,11 +87,13 @@ def inference(layout: Layout, number: int, common: Mapping[str, str]) -> Part:
         {
             **common,
             "LINGQU_INFERENCE_LISTEN": ports.address(at.INFERENCE),
+            "LINGQU_INFERENCE_HTTP_LISTEN": ports.address(at.INFERENCE_HTTP),
             "LINGQU_TRITON": ports.address(at.TRITON_GRPC),
             "LINGQU_INSTANCE_TTL_S": str(INSTANCE_TTL_S),
             "LINGQU_ARTIFACTS": str(layout.state / "artifacts"),
             "LINGQU_MODEL_REPOSITORY": str(layout.triton(number) / "models"),
         },
+        {at.INFERENCE_HTTP: "inference REST"},
         number,
     )
 
@@ -177,14 +180,20 @@ def envoy(layout: Layout) -> Part:
 
 
 def _service(
-    layout: Layout, name: str, port: int, needs: tuple[str, ...], env: Mapping[str, str], number: int = 1
+    layout: Layout,
+    name: str,
+    port: int,
+    needs: tuple[str, ...],
+    env: Mapping[str, str],
+    more_ports: Mapping[int, str] = MappingProxyType({}),
+    number: int = 1,
 ) -> Part:
     return Part(
         name=at.numbered(name, number),
         argv=(sys.executable, "-m", f"services.{name}"),
         env=env,
         ready=grpc_ready(layout.address(port)),
-        ports=_ports(layout, {port: name}),
+        ports=_ports(layout, {port: name, **more_ports}),
         needs=needs,
     )
 

@@ -100,6 +100,8 @@ class Version:
     offline: bool = False
     """Retired or rejected: nobody loads it."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    created: int = 0
+    """Seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +383,7 @@ def to_model(record: models_pb2.Model) -> Model:
             dict(v.evaluation),
             v.stage in (models_pb2.STAGE_RETIRED, models_pb2.STAGE_REJECTED),
             dict(v.labels),
+            v.create_time.seconds,
         )
         for v in record.versions
     )

@@ -10,6 +10,7 @@ from services.gateway.view import Target
 CONTROL = "control"
 TRACES = "traces"
 ANY_TRITON = "tensor"
+ANY_REST = "rest"
 ADS = {"ads": {}, "resource_api_version": "V3"}
 
 
@@ -19,16 +20,18 @@ def backends(target: Target) -> dict[str, tuple[str, ...]]:
     found = {f"tensor/{suffix}": target.tensor_endpoints}
     if target.task != "tensor":
         found[f"text/{suffix}"] = target.text_endpoints
+        found[f"rest/{suffix}"] = target.rest_endpoints
     return found
 
 
 def discovered(name: str) -> dict[str, Any]:
+    """A cluster whose endpoints come by EDS: HTTP/2, or HTTP/1.1 for REST, which uvicorn serves."""
     return {
         "name": name,
         "type": "EDS",
         "eds_cluster_config": {"eds_config": ADS},
         "lb_policy": "LEAST_REQUEST",
-        **_CONNECTIONS,
+        **(_REST_CONNECTIONS if name.split("/")[0] == ANY_REST else _CONNECTIONS),
     }
 
 
@@ -60,6 +63,18 @@ _CONNECTIONS: dict[str, Any] = {
             "explicit_http_config": {
                 "http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "5s"}}
             },
+        }
+    },
+}
+
+_REST_CONNECTIONS: dict[str, Any] = {
+    **_CONNECTIONS,
+    "typed_extension_protocol_options": {
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+            "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+            # Less than the server keeps an idle connection, or a request might meet its end.
+            "common_http_protocol_options": {"idle_timeout": "60s"},
+            "explicit_http_config": {"http_protocol_options": {}},
         }
     },
 }

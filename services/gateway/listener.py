@@ -12,17 +12,26 @@ from services.core.errors import (
     BackendUnavailable,
     MessageTooLarge,
     ModelNotFound,
+    NotFound,
     PermissionDenied,
     Unauthenticated,
     to_rpc_status,
 )
 from services.core.identity import AUDIENCE, ISSUER
+from services.core.rest import MAX_BODY_BYTES
 from services.gateway import replies
 from services.gateway.clusters import ADS, TRACES, socket_address
 from services.gateway.descriptors import descriptor_set, extractions
-from services.gateway.routes import CLIENT_HEADER, MODEL_HEADER, OPEN_PREFIXES, ROUTES, VERSION_HEADER
+from services.gateway.routes import (
+    CLIENT_HEADER,
+    MODEL_HEADER,
+    OPEN_PREFIXES,
+    ROUTES,
+    VERSION_HEADER,
+)
 
 LISTENER = "public"
+REST_METADATA = "lingqu.rest"  # routing.lua reads it
 HTTP = "envoy.extensions.filters.http"
 
 
@@ -62,6 +71,7 @@ def listener(entry: Entry) -> dict[str, Any]:
                     "extractions_by_method": extractions(),
                 },
             ),
+            {**_filter("json_to_metadata", "v3.JsonToMetadata", _READ_MODEL), "disabled": True},
             _filter("lua", "v3.Lua", {"default_source_code": {"inline_string": _lua()}}),
             _filter("router", "v3.Router", {"suppress_envoy_headers": True}),
         ],
@@ -85,6 +95,22 @@ def listener(entry: Entry) -> dict[str, Any]:
         "enable_reuse_port": False,
         "filter_chains": [chain],
     }
+
+
+# On only where routes.py says so, so that what is no REST request pays nothing. Whatever a client calls its
+# JSON is read: curl says that it is a form.
+_READ_MODEL = {
+    "request_rules": {
+        "rules": [
+            {
+                "selectors": [{"key": "model"}],
+                "on_present": {"metadata_namespace": REST_METADATA, "key": "model"},
+            }
+        ],
+        "allow_content_types_regex": {"regex": ".*"},
+        "allow_empty_content_type": True,
+    }
+}
 
 
 def _authentication(jwks: Mapping[str, object]) -> dict[str, Any]:
@@ -122,33 +148,43 @@ def _mappers() -> list[dict[str, Any]]:
         401: Unauthenticated("the key is malformed, of another issuer, or was not signed by this suite"),
         503: BackendUnavailable("no replica can answer at the moment; try again"),
     }
+    only_rest = {
+        404: NotFound("there is no such path on this port"),
+        413: MessageTooLarge(f"the gateway reads bodies up to {MAX_BODY_BYTES >> 20} MiB"),
+    }
+    details = [(_code_details_contain(text), error) for text, error in by_details.items()]
+    statuses = [(_status_is(status), error) for status, error in by_status.items()]
+    for_rest = [*details, *statuses, *((_status_is(status), error) for status, error in only_rest.items())]
     return [
-        {"filter": _code_details_contain(text), **replies.local_reply(error)}
-        for text, error in by_details.items()
-    ] + [
-        {
-            "filter": {
-                "status_code_filter": {
-                    "comparison": {"value": {"default_value": status, "runtime_key": f"lingqu.{status}"}}
-                }
-            },
-            **replies.local_reply(error),
-        }
-        for status, error in by_status.items()
+        *({"filter": _both(_REST, found), **replies.rest_reply(error)} for found, error in for_rest),
+        {"filter": _REST, **replies.any_rest_reply()},
+        *({"filter": found, **replies.local_reply(error)} for found, error in (*details, *statuses)),
     ]
 
 
+def _expression(text: str) -> dict[str, Any]:
+    kind = "envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter"
+    config = {"@type": f"type.googleapis.com/{kind}", "expression": text}
+    return {"extension_filter": {"name": "cel", "typed_config": config}}
+
+
+# Whatever does not say that it is gRPC.
+_REST = _expression(
+    "!('content-type' in request.headers) || !request.headers['content-type'].startsWith('application/grpc')"
+)
+
+
 def _code_details_contain(text: str) -> dict[str, Any]:
-    return {
-        "extension_filter": {
-            "name": "cel",
-            "typed_config": {
-                "@type": "type.googleapis.com/"
-                "envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter",
-                "expression": f"response.code_details.contains('{text}')",
-            },
-        }
-    }
+    return _expression(f"response.code_details.contains('{text}')")
+
+
+def _status_is(status: int) -> dict[str, Any]:
+    value = {"default_value": status, "runtime_key": f"lingqu.{status}"}
+    return {"status_code_filter": {"comparison": {"value": value}}}
+
+
+def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {"and_filter": {"filters": [one, other]}}
 
 
 def _strip_own_headers() -> dict[str, Any]:

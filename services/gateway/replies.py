@@ -1,4 +1,5 @@
-"""Answers that Envoy gives by itself, in the form gRPC clients expect: status, message, details."""
+"""Answers that Envoy gives by itself, in the form clients expect: status, message and details for gRPC,
+OpenAI's error object for REST."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import base64
 from typing import Any
 
 from services.core.errors import LingquError, to_rpc_status
+from services.core.rest import to_http
 
 
 def details_header(error: LingquError) -> str:
@@ -30,3 +32,29 @@ def headers(error: LingquError) -> list[dict[str, Any]]:
 def local_reply(error: LingquError) -> dict[str, Any]:
     """The rewriting part of a local_reply_config mapper: Envoy makes the body the grpc-message."""
     return {"headers_to_add": headers(error), "body": {"inline_string": str(error)}}
+
+
+def rest_reply(error: LingquError) -> dict[str, Any]:
+    """The rewriting part of a mapper for REST."""
+    made = to_http(error)
+    # To Envoy a % begins a variable.
+    reply: dict[str, Any] = {
+        "status_code": made.status,
+        "body_format_override": {"json_format": _escaped(made.body)},
+    }
+    if made.retry_after_s is not None:
+        header = {"key": "retry-after", "value": str(made.retry_after_s)}
+        reply["headers_to_add"] = [{"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}]
+    return reply
+
+
+def any_rest_reply() -> dict[str, Any]:
+    """The same for what nobody thought of, with Envoy's own words and status."""
+    error = {"message": "%LOCAL_REPLY_BODY%", "type": "api_error", "param": None, "code": None}
+    return {"body_format_override": {"json_format": {"error": error}}}
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    return value.replace("%", "%%") if isinstance(value, str) else value

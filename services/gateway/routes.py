@@ -6,8 +6,9 @@ import itertools
 from typing import Any
 
 from services.core.errors import InvalidInput, LingquError, Unimplemented
+from services.core.rest import MAX_BODY_BYTES
 from services.gateway import replies
-from services.gateway.clusters import ANY_TRITON, CONTROL, backends
+from services.gateway.clusters import ANY_REST, ANY_TRITON, CONTROL, backends
 from services.gateway.descriptors import TENSOR_SERVER, TENSOR_SERVICE, TEXT_SERVICE
 from services.gateway.view import Target, View
 
@@ -22,6 +23,11 @@ OPEN_PREFIXES = (
     "/grpc.reflection.v1alpha.ServerReflection/",
 )
 LUA = "envoy.filters.http.lua"
+JSON = "envoy.filters.http.json_to_metadata"
+# Requests that name a model in their JSON body, and whatever else REST answers.
+REST_WITH_MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+REST_OTHERS = ("/v1/", "/openapi.json")
+REST_SERVICE = "rest"
 UNBOUNDED = {"timeout": "0s", "idle_timeout": "0s", "max_stream_duration": {"grpc_timeout_header_max": "0s"}}
 
 
@@ -33,12 +39,13 @@ def routes(view: View) -> dict[str, Any]:
         "request_headers_to_remove": ["authorization"],
     }
     invalid = InvalidInput("model", "is missing or malformed: 1 to 64 letters, digits, '.', '_' and '-'")
-    by_model: dict[str, dict[str, Any]] = {service: {} for service in (TEXT_SERVICE, TENSOR_SERVICE)}
+    kinds = {TEXT_SERVICE: "text", TENSOR_SERVICE: "tensor", REST_SERVICE: ANY_REST}
+    by_model: dict[str, dict[str, Any]] = {service: {} for service in kinds}
     for service, known in by_model.items():
-        known["<invalid>"] = _action(_local_reply(invalid))
+        if service != REST_SERVICE:
+            known["<invalid>"] = _action(_local_reply(invalid))
         for name, targets in itertools.groupby(view.targets, key=lambda target: target.model):
-            kind = "text" if service == TEXT_SERVICE else "tensor"
-            able = [(t, f"{kind}/{name}/{t.version}") for t in targets]
+            able = [(t, f"{kinds[service]}/{name}/{t.version}") for t in targets]
             shares = [(_model_route(service, c, t), t.percent) for t, c in able if c in backends(t)]
             if shares:
                 known[name] = _split(shares)
@@ -56,10 +63,36 @@ def routes(view: View) -> dict[str, Any]:
                 }
             }
             for service, known in by_model.items()
+            if service != REST_SERVICE
         },
+        **dict.fromkeys(REST_WITH_MODEL, _rest(by_model[REST_SERVICE])),
+        **dict.fromkeys(REST_OTHERS, _action(_to_any_rest())),
     }
     tree = {**_tree(":path", "prefix_match_map", services), "on_no_match": _action(elsewhere)}
     return {"name": ROUTES, "virtual_hosts": [{"name": "all", "domains": ["*"], "matcher": tree}]}
+
+
+def _rest(known: dict[str, Any]) -> dict[str, Any]:
+    """By model, as soon as the body has been read; whoever names none that is known is told so by any
+    replica. Empty maps are not allowed."""
+    # A request comes by here first, without a model: this switches the filter on that looks for one.
+    reading = {
+        "typed_per_filter_config": {
+            JSON: {"@type": "type.googleapis.com/envoy.config.route.v3.FilterConfig", "config": {}}
+        },
+        "request_body_buffer_limit": MAX_BODY_BYTES,
+    }
+    unread = _action({**_to_any_rest(), **reading})
+    if not known:
+        return unread
+    return {"matcher": {**_tree(MODEL_HEADER, "exact_match_map", known), "on_no_match": unread}}
+
+
+def _to_any_rest() -> dict[str, Any]:
+    return {
+        "route": {"cluster": ANY_REST, **UNBOUNDED, "retry_policy": _REST_RETRIES},
+        "request_headers_to_remove": ["authorization"],
+    }
 
 
 def _tree(header: str, kind: str, branches: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +128,14 @@ def _split(shares: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
 def _model_route(service: str, cluster: str, target: Target) -> dict[str, Any]:
     version = str(target.version)
     route: dict[str, Any] = {
-        "route": {"cluster": cluster, **UNBOUNDED, "retry_policy": _RETRIES},
+        "route": {
+            "cluster": cluster,
+            **UNBOUNDED,
+            "retry_policy": _REST_RETRIES if service == REST_SERVICE else _RETRIES,
+        },
         "request_headers_to_remove": ["authorization"],
     }
-    if service == TEXT_SERVICE:
+    if service != TENSOR_SERVICE:
         header = {"key": VERSION_HEADER, "value": version}
         added = {"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
         route["request_headers_to_add"] = [added]
@@ -123,6 +160,11 @@ _RETRIES = {
         }
     ],
     "host_selection_retry_max_attempts": 5,
+}
+_REST_RETRIES = {
+    **_RETRIES,
+    "retry_on": "connect-failure,refused-stream,reset,retriable-status-codes",
+    "retriable_status_codes": [503],
 }
 
 

@@ -1,11 +1,13 @@
--- Puts the model that a gRPC request names into the header x-lingqu-model, so that the route is chosen by it.
--- Runs behind grpc_field_extraction, which has read the name out of the (first) message.
+-- Puts the model that a request names into the header x-lingqu-model, so that the route is chosen by it.
+-- Runs behind grpc_field_extraction, which has read the name out of the (first) message, and behind
+-- json_to_metadata, which has read it out of a REST request.
 --
 -- Where no model has that name, the route says `unknown` and the answer is made here, since it names the model.
 -- Where the chosen route says `pin`, a tensor request that names no version is given one: field 2 of every
 -- request of the Open Inference Protocol, appended to the message, since the last occurrence of a field wins.
 
 local EXTRACTED = "envoy.filters.http.grpc_field_extraction"
+local REST = "lingqu.rest"
 
 local function first(value)
   if type(value) == "table" then value = value[1] end
@@ -75,12 +77,28 @@ local function refuse_unknown(h, name)
   }, "")
 end
 
+-- Only names the registry would accept; anything else could not exist, and must not reach a header.
+local function acceptable(name)
+  return type(name) == "string" and #name > 0 and #name <= 64 and not name:find("[^%w%._%-]")
+end
+
+-- A REST request that names no model goes where it was going: inference says what is wrong with it.
+local function route_rest(h, name)
+  if not acceptable(name) then return end
+  h:headers():replace("x-lingqu-model", name)
+  h:clearRouteCache()
+end
+
 function envoy_on_request(h)
-  local found = h:streamInfo():dynamicMetadata():get(EXTRACTED)
-  if found == nil then return end
+  local metadata = h:streamInfo():dynamicMetadata()
+  local found = metadata:get(EXTRACTED)
+  if found == nil then
+    local rest = metadata:get(REST)
+    if rest ~= nil then route_rest(h, rest["model"]) end
+    return
+  end
   local name = first(found["model"] or found["model_name"] or found["name"])
-  -- Only names the registry would accept; anything else could not exist, and must not reach a header.
-  if type(name) ~= "string" or #name == 0 or #name > 64 or name:find("[^%w%._%-]") then name = "<invalid>" end
+  if not acceptable(name) then name = "<invalid>" end
   h:headers():replace("x-lingqu-model", name)
   h:clearRouteCache()
   local route = h:metadata()

@@ -32,8 +32,12 @@ class Snapshot:
 
 def snapshot(view: View, entry: Entry) -> Snapshot:
     """Everything for one state of the suite. The same arguments give the same snapshot."""
-    made = [clusters.fixed(clusters.CONTROL, entry.control), clusters.discovered(clusters.ANY_TRITON)]
-    members = [clusters.endpoints(clusters.ANY_TRITON, view.tritons)]
+    made = [clusters.fixed(clusters.CONTROL, entry.control)]
+    made += [clusters.discovered(name) for name in (clusters.ANY_TRITON, clusters.ANY_REST)]
+    members = [
+        clusters.endpoints(clusters.ANY_TRITON, view.tritons),
+        clusters.endpoints(clusters.ANY_REST, view.rest),
+    ]
     if entry.traces:
         made.append(clusters.fixed(clusters.TRACES, entry.traces))
     for target in view.targets:

@@ -20,14 +20,16 @@ class Target:
     tensor_endpoints: tuple[str, ...]
     pinned: bool
     percent: int = 100
+    rest_endpoints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All targets, ordered by model and version, and every Triton there is."""
+    """All targets, ordered by model and version, every Triton there is, and every replica's REST API."""
 
     targets: tuple[Target, ...]
     tritons: tuple[str, ...]
+    rest: tuple[str, ...] = ()
 
 
 def view(replicas: Iterable[Replica], models: Iterable[Model]) -> View:
@@ -39,8 +41,11 @@ def view(replicas: Iterable[Replica], models: Iterable[Model]) -> View:
         known = [target for target in found if target is not None]
         # A version whose replicas are all away leaves its share to the others.
         targets += [t for t in known if t.text_endpoints or t.tensor_endpoints] or known
-    tritons = tuple(r.endpoints["oip"] for r in alive if "oip" in r.endpoints)
-    return View(tuple(targets), tritons)
+    return View(tuple(targets), _endpoints(alive, "oip"), _endpoints(alive, "http"))
+
+
+def _endpoints(replicas: Iterable[Replica], protocol: str) -> tuple[str, ...]:
+    return tuple(r.endpoints[protocol] for r in replicas if protocol in r.endpoints)
 
 
 def _target(model: Model, number: int, percent: int, alive: list[Replica]) -> Target | None:
@@ -52,8 +57,9 @@ def _target(model: Model, number: int, percent: int, alive: list[Replica]) -> Ta
         model.name,
         number,
         version.task,
-        tuple(r.endpoints["grpc"] for r in ready if "grpc" in r.endpoints),
-        tuple(r.endpoints["oip"] for r in ready if "oip" in r.endpoints),
+        _endpoints(ready, "grpc"),
+        _endpoints(ready, "oip"),
         any(v.key.version > number for v in model.versions),
         percent,
+        _endpoints(ready, "http"),
     )

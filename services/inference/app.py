@@ -26,6 +26,9 @@ from services.inference.placement import desired
 from services.inference.quarantine import Quarantine
 from services.inference.repository import Repository
 from services.inference.requirements import Machine
+from services.inference.rest.app import rest_app
+from services.inference.rest.server import serving_http
+from services.inference.rest.serving import Models, admitted
 from services.inference.routing import Routing
 from services.inference.service import Inference
 from services.inference.store import Store
@@ -40,6 +43,10 @@ class InferenceSettings(Settings):
     inference_listen: Address = "127.0.0.1:8083"
     inference_address: Address | None = None
     """Where others reach this process; default: inference_listen."""
+    inference_http_listen: Address = "127.0.0.1:8093"
+    """Where OpenAI's REST API is served."""
+    inference_http_address: Address | None = None
+    """Where others reach it; default: inference_http_listen."""
     triton: Address = "127.0.0.1:8001"
     registry: Addresses = "127.0.0.1:8082"
     instance_ttl_s: int = 10
@@ -82,7 +89,11 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         replica = Replica(
             f"inference-{address.replace(':', '-')}",
             "inference",
-            {"grpc": address, "oip": cfg.triton},
+            {
+                "grpc": address,
+                "http": cfg.inference_http_address or cfg.inference_http_listen,
+                "oip": cfg.triton,
+            },
             labels={**machine.labels, **cfg.labels},
         )
         registration = Registration(registry, replica, cfg.instance_ttl_s)
@@ -120,6 +131,8 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         add_InferenceServiceServicer_to_server(Inference(routing, generation, admission), server)
         await stack.enter_async_context(generation.serving(lambda: agent.served))
         await stack.enter_async_context(serving(server, cfg.inference_listen, [SERVICE], cfg.grace_s))
+        rest = rest_app(Models(routing, generation.generate, admitted(admission)), tracer, cfg.max_in_flight)
+        await stack.enter_async_context(serving_http(rest, cfg.inference_http_listen, cfg.grace_s))
         # Known to others last, forgotten by them first.
         stack.push_async_callback(registration.withdraw)
         await stack.enter_async_context(background(registration.run()))

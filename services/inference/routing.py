@@ -18,14 +18,18 @@ class Routing:
         self._models = models
         self._served = served
 
+    def known(self) -> Mapping[str, Model]:
+        """All models of the registry by name. Raises BackendUnavailable."""
+        models = self._models()
+        if models is None:
+            raise BackendUnavailable("this replica has not heard from the registry yet")
+        return models
+
     def model(self, name: str, version: str = "") -> Served:
         """Raises InvalidInput, ModelNotFound or BackendUnavailable."""
         if not name:
             raise InvalidInput("model", "is required; `lingqu models list` shows the names")
-        models = self._models()
-        if models is None:
-            raise BackendUnavailable("this replica has not heard from the registry yet")
-        known = models.get(name)
+        known = self.known().get(name)
         number = int(version) if version.isdigit() else known.traffic if known else 0
         if known is None or not number:
             raise ModelNotFound(name[:64])

@@ -47,6 +47,8 @@ class GenerateJob:
     grammar: Grammar | None = None
     tools: tuple[Tool, ...] = ()
     cached: bool = True
+    prompt_ids: tuple[int, ...] | None = None
+    """Tokens to continue, in place of `prompt` and `turns`."""
 
     @property
     def deterministic(self) -> bool:
@@ -191,11 +193,7 @@ class TextModel:
         await self._grammars.check(grammar)
 
     async def _encode(self, job: GenerateJob) -> list[int]:
-        field, text, special = self._rendered(job)
-        encoding = await unblocked(
-            len(text), lambda: self._tokenizer.encode(text, add_special_tokens=special)
-        )
-        ids: list[int] = encoding.ids
+        field, ids = await self._prompt(job)
         if len(ids) >= self._spec.context_tokens:
             raise InvalidInput(
                 field,
@@ -203,6 +201,18 @@ class TextModel:
                 f"with at least one token of answer",
             )
         return ids
+
+    async def _prompt(self, job: GenerateJob) -> tuple[str, list[int]]:
+        """The field that it is in, and its tokens. Raises InvalidInput."""
+        if job.prompt_ids is not None:
+            if max(job.prompt_ids) >= (size := self._tokenizer.get_vocab_size()):
+                raise InvalidInput("prompt", f"a token id is not below {size}, the size of the vocabulary")
+            return "prompt", list(job.prompt_ids)
+        field, text, special = self._rendered(job)
+        encoding = await unblocked(
+            len(text), lambda: self._tokenizer.encode(text, add_special_tokens=special)
+        )
+        return field, encoding.ids
 
     def _rendered(self, job: GenerateJob) -> tuple[str, str, bool]:
         """Field of the request, the text to tokenise, and whether the tokenizer adds its special tokens."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from services.core.discovery import VersionKey
+from services.core.errors import InvalidInput
 from services.core.telemetry import current_traceparent
 from services.inference.artifact import VectorSpec
 from services.inference.repository import MAX_BATCH
@@ -34,6 +35,7 @@ class VectorModel:
         self.key = key
         self._triton = triton
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._max_tokens = spec.max_tokens
         self._tokenizer.enable_truncation(spec.max_tokens)
         self._tokenizer.no_padding()
 
@@ -46,7 +48,24 @@ class VectorModel:
         encodings = await unblocked(
             sum(map(len, texts)), lambda: self._tokenizer.encode_batch_fast(list(texts))
         )
-        encoded = [e.ids for e in encodings]
+        return await self._embed([e.ids for e in encodings], timeout)
+
+    async def embed_tokens(self, rows: Sequence[Sequence[int]], timeout: float | None = None) -> Vectors:
+        """The same for texts that are token ids already. Raises InvalidInput for ids that no token has and
+        for more of them than the model reads: what is cut off may have been the end of the text."""
+        size = self._tokenizer.get_vocab_size()
+        for at, row in enumerate(rows):
+            if len(row) > self._max_tokens:
+                raise InvalidInput(
+                    f"inputs[{at}]", f"{len(row)} tokens, but the model reads {self._max_tokens}"
+                )
+            if max(row) >= size:
+                raise InvalidInput(
+                    f"inputs[{at}]", f"a token id is not below {size}, the size of the vocabulary"
+                )
+        return await self._embed(rows, timeout)
+
+    async def _embed(self, encoded: Sequence[Sequence[int]], timeout: float | None) -> Vectors:
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         chunks = [order[i : i + MAX_BATCH] for i in range(0, len(order), MAX_BATCH)]
         traceparent = current_traceparent()

@@ -60,12 +60,21 @@ def test_a_message_has_its_fields(message: str) -> None:
 
 
 def test_the_ports_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("REGISTRY_LISTEN", "GATEWAY_LISTEN", "PUBLIC_LISTEN", "INFERENCE_LISTEN", "TRITON", "ETCD"):
+    for name in (
+        "REGISTRY_LISTEN",
+        "GATEWAY_LISTEN",
+        "PUBLIC_LISTEN",
+        "INFERENCE_LISTEN",
+        "INFERENCE_HTTP_LISTEN",
+        "TRITON",
+        "ETCD",
+    ):
         monkeypatch.delenv(f"LINGQU_{name}", raising=False)
     assert GatewaySettings().public_listen == "127.0.0.1:8080"
     assert GatewaySettings().gateway_listen == "127.0.0.1:8081"
     assert RegistrySettings().registry_listen == "127.0.0.1:8082"
     assert InferenceSettings().inference_listen == "127.0.0.1:8083"
+    assert InferenceSettings().inference_http_listen == "127.0.0.1:8093"
     assert InferenceSettings().triton == "127.0.0.1:8001"
     assert RegistrySettings().etcd == "127.0.0.1:2379"
 

@@ -21,6 +21,7 @@ from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
 from services.gateway.snapshot import Snapshot, snapshot
 from services.gateway.view import View, view
+from tests.statics import as_dict, static
 
 ENTRY = Entry("127.0.0.1:8080", "127.0.0.1:8081", {"keys": []}, "127.0.0.1:4317")
 
@@ -45,7 +46,8 @@ def registries(draw: st.DrawFn) -> tuple[list[Replica], list[Model]]:
         hosted = tuple(
             Hosted(v.key, draw(st.sampled_from([READY, LOADING, FAILED]))) for m in models for v in m.versions
         )
-        endpoints = {"grpc": f"10.0.0.{number + 1}:8083", "oip": f"10.0.0.{number + 1}:8001"}
+        protocols = {"grpc": 8083, "oip": 8001, "http": 8093}
+        endpoints = {name: f"10.0.0.{number + 1}:{port}" for name, port in protocols.items()}
         replicas.append(Replica(f"r{number}", "inference", endpoints, hosted))
     return replicas, models
 
@@ -131,6 +133,35 @@ def test_a_split_compares_one_random_number_with_growing_sums() -> None:
     assert shares == [("tensor/m/1", 500_000), ("tensor/m/2", 800_000), ("tensor/m/3", 1_000_000)]
 
 
+def test_rest_is_split_as_grpc_is_and_told_its_version() -> None:
+    versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "generate", "x") for n in (1, 2))
+    made = snapshot(view([], [Model("m", versions, ((1, 90), (2, 10)))]), ENTRY)
+    routes = [r for r in routes_of(made) if r.get("route", {}).get("cluster", "").startswith("rest/m/")]
+    assert len(routes) == 6  # two versions on three paths
+    for route in routes:
+        version = route["route"]["cluster"].rpartition("/")[2]
+        added = {h["header"]["key"]: h["header"]["value"] for h in route["request_headers_to_add"]}
+        assert added == {"x-lingqu-model-version": version}
+        assert route["request_headers_to_remove"] == ["authorization"]
+    shares = [r["match"]["runtime_fraction"]["default_value"]["numerator"] for r in routes]
+    assert shares == [900_000, 1_000_000] * 3
+
+
+def test_json_is_read_only_where_rest_is_served() -> None:
+    made = snapshot(view([], []), ENTRY)
+    manager = as_dict(made, xds.LISTENER)["public"]["filter_chains"][0]["filters"][0]["typed_config"]
+    reads = [f for f in manager["http_filters"] if f["name"].endswith("json_to_metadata")]
+    assert [f.get("disabled") for f in reads] == [True]
+    on = [r["route"]["cluster"] for r in routes_of(made) if "typed_per_filter_config" in r]
+    assert on == ["rest"] * 3
+
+
+def test_tensor_models_have_no_rest() -> None:
+    version = Version(VersionKey("m", 1), "file:///x", "0", "tensor", "python")
+    made = snapshot(view([], [Model("m", (version,), ((1, 100),))]), ENTRY)
+    assert not any(name.startswith("rest/") for name in made.resources[xds.CLUSTER])
+
+
 def test_endpoints_alone_change_when_a_replica_comes() -> None:
     version = Version(VersionKey("m", 1), "file:///x", "0", "embed", "onnxruntime")
     models = [Model("m", (version,), ((1, 100),))]
@@ -151,30 +182,13 @@ def test_envoy_accepts_a_snapshot(tmp_path: Path, traces: str, weights: tuple[tu
     versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "generate", "x") for n in (1, 2))
     entry = Entry("127.0.0.1:0", "127.0.0.1:1", KeyRing.at(tmp_path / "key.pem").jwks(), traces)
     made = snapshot(view([], [Model("m", versions, weights)]), entry)
-    listener = as_dict(made, xds.LISTENER)["public"]
-    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
-    del manager["rds"]
-    manager["route_config"] = as_dict(made, xds.ROUTES)["public"]
-    clusters = []
-    for cluster in as_dict(made, xds.CLUSTER).values():
-        if cluster["type"] == "EDS":
-            del cluster["eds_cluster_config"]
-            cluster |= {"type": "STATIC", "load_assignment": as_dict(made, xds.ENDPOINTS)[cluster["name"]]}
-        clusters.append(cluster)
     config = tmp_path / "envoy.json"
-    config.write_text(json.dumps({"static_resources": {"listeners": [listener], "clusters": clusters}}))
+    config.write_text(json.dumps(static(made)))
     binary = envoy(Layout(tmp_path)).argv[0]
     checked = subprocess.run(
         [binary, "--mode", "validate", "-c", str(config)], capture_output=True, text=True, timeout=60
     )
     assert checked.returncode == 0, checked.stderr[-2000:]
-
-
-def as_dict(made: Snapshot, kind: str) -> dict[str, Any]:
-    return {
-        name: MessageToDict(message, preserving_proto_field_name=True)
-        for name, message in made.resources[kind].items()
-    }
 
 
 def test_nothing_is_a_view_too() -> None:

@@ -1,0 +1,1 @@
+"""OpenAI's REST API: the text API in OpenAI's words (docs/openai.md)."""

@@ -1,0 +1,32 @@
+"""A snapshot as a configuration that needs no control plane: for `envoy --mode validate`, or to run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+
+from services.gateway import xds
+from services.gateway.snapshot import Snapshot
+
+
+def as_dict(made: Snapshot, kind: str) -> dict[str, Any]:
+    return {
+        name: MessageToDict(message, preserving_proto_field_name=True)
+        for name, message in made.resources[kind].items()
+    }
+
+
+def static(made: Snapshot) -> dict[str, Any]:
+    """Envoy's bootstrap with all of the snapshot in it."""
+    listener = as_dict(made, xds.LISTENER)["public"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    del manager["rds"]
+    manager["route_config"] = as_dict(made, xds.ROUTES)["public"]
+    clusters = []
+    for cluster in as_dict(made, xds.CLUSTER).values():
+        if cluster["type"] == "EDS":
+            del cluster["eds_cluster_config"]
+            cluster |= {"type": "STATIC", "load_assignment": as_dict(made, xds.ENDPOINTS)[cluster["name"]]}
+        clusters.append(cluster)
+    return {"static_resources": {"listeners": [listener], "clusters": clusters}}
