@@ -54,7 +54,7 @@ class Envoy:
                 else:
                     self.has[kind] |= set(names)
                     self.has[kind] -= set(response.removed_resources)
-                discovered = [n for n in names if n.startswith("tensor")]
+                discovered = [n for n in names if n.startswith(("tensor", "rest"))]
                 if kind == xds.CLUSTER and discovered:
                     warming.append(answer)
                     self.subscribe(xds.ENDPOINTS, *discovered)

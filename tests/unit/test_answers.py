@@ -24,6 +24,7 @@ OTHERS: list[dict[str, Any]] = [
     {"prompt": "Hello"},
     {"prompt": "hello\ud800"},
     {"prompt": None, "turns": (Turn("user", "hello"),)},
+    {"prompt": None, "prompt_ids": (1, 2)},
     {"max_tokens": 7},
     {"temperature": 0.8},
     {"top_p": 0.5},
