@@ -6,22 +6,23 @@ import argparse
 import asyncio
 import sys
 
-from bench import startup, suite, tensor, text
+from bench import held, peers, startup, suite, tensor, text, vectors
 from bench.report import Target
 
 OFFSET = 1000
+MEASURES = {"tensor": tensor.measure, "text": text.measure, "vectors": vectors.measure, "held": held.measure}
+MEASURES["peers"] = peers.measure
 
 
 async def main(names: list[str]) -> int:
     targets: list[Target] = []
     if "startup" in names:
         targets += await startup.measure(OFFSET)
-    if {"tensor", "text"} & set(names):
+    measures = {name: MEASURES[name] for name in MEASURES if name in names}
+    if measures:
         async with suite.running(OFFSET) as running:
-            if "tensor" in names:
-                targets += await tensor.measure(running)
-            if "text" in names:
-                targets += await text.measure(running)
+            for measure in measures.values():
+                targets += await measure(running)
     print("\ntargets")
     for target in targets:
         print(target.line())
@@ -30,7 +31,7 @@ async def main(names: list[str]) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    choices = ["startup", "tensor", "text"]
+    choices = ["startup", *MEASURES]
     parser.add_argument("names", nargs="*", help=f"of {', '.join(choices)}; none: all")
     names = parser.parse_args().names or choices
     if unknown := set(names) - set(choices):

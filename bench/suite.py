@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import psutil
 
 from deploy.local import layout as at
 from deploy.local.layout import Layout
@@ -43,6 +44,13 @@ class Suite:
     @property
     def key(self) -> str:
         return self.layout.dev_key.read_text().strip()
+
+    def part(self, words: str) -> psutil.Process:
+        """The first of the suite's processes with `words` in its command line. Raises LookupError."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if words in " ".join(process.cmdline()):
+                return process
+        raise LookupError(f"no process of the suite is called {words}")
 
     async def publish(self, name: str, folder: Path, *, traffic: bool = True) -> int:
         """Publish an artifact, wait until it is ready, and return the version."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import json
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.peer import Peer
 from bench.report import Target, ratio, row
 from bench.suite import Suite
 from pipeline.bundled import TEXT_MODEL, bundled
@@ -44,31 +41,6 @@ class Pass:
         return statistics.median(self.first_ms)
 
 
-class Peer:
-    """A process that measures: a JSON line in, one out."""
-
-    def __init__(self, *argv: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-
-    async def measure(self, asked: dict[str, Any]) -> Pass:
-        return await asyncio.to_thread(self._measure, asked)
-
-    def _measure(self, asked: dict[str, Any]) -> Pass:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise ChildProcessError(f"the measuring process ended with {self._process.wait()}")
-        return Pass.of(json.loads(answer))
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait()
-
-
 def prompts(number: int, streams: int) -> list[str]:
     """Different for every pass and stream, so that no cached prefix helps; they go on for long."""
     return [
@@ -92,7 +64,7 @@ async def measure(suite: Suite) -> list[Target]:
                 asked = {"prompts": prompts(number * 10 + streams, streams), "max_tokens": TOKENS}
                 both = {"raw": (raw, asked), "ours": (client, {**public, **asked})}
                 for name, (peer, question) in both.items():
-                    found = await peer.measure(question)
+                    found = Pass.of(await peer.measure(question))
                     if number:  # the first pass warms up
                         results.setdefault((name, streams), []).append(found)
     finally:

