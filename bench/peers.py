@@ -1,5 +1,5 @@
 """Text generation of other servers on the same machine, by the same client: `vllm` (its CPU build) and
-llama.cpp's `llama-server`, where they are on PATH. Ours and theirs run in turn; peers are stopped (SIGSTOP) while
+llama.cpp's `llama-server`, where they are on PATH. They run in turn; peers are stopped (SIGSTOP) while
 others are measured. The suite goes on idling: a stopped one would lose its leases.
 """
 

@@ -19,6 +19,7 @@ from services.inference.backends.engine import (
     Grammar,
     GrammarKind,
 )
+from services.inference.calls import CallReader
 from services.inference.chat import Call, Tool, Turn
 from services.inference.text import Delta, GenerateJob, Logprob, Scored
 from services.inference.vectors import Vectors
@@ -110,6 +111,19 @@ def _texts(inputs: Sequence[str], most: int) -> list[str]:
     if total > MAX_INPUTS_BYTES:
         raise InvalidInput("inputs", f"{total} bytes in all, but at most {MAX_INPUTS_BYTES} are allowed")
     return list(inputs)
+
+
+def find_calls(candidates: Sequence[pb.Candidate], job: GenerateJob) -> None:
+    """Where the request has tools: calls of them become calls, and leave the text."""
+    if not job.tools:
+        return
+    for candidate in candidates:
+        reader = CallReader([tool.name for tool in job.tools])
+        text, calls = reader.push(candidate.text)
+        rest, more = reader.finish()
+        candidate.text = text + rest
+        for call in (*calls, *more):
+            candidate.tool_calls.add(id=call.id, name=call.name, arguments=call.arguments)
 
 
 def to_score_texts(request: pb.ScoreRequest) -> list[str]:

@@ -37,6 +37,7 @@ class Inference(InferenceServiceServicer):
         async with aclosing(self._generation.generate(model, job, who)) as deltas:
             async for last in deltas:
                 convert.add_to_candidate(candidates[last.index], last)
+        convert.find_calls(candidates, job)
         return convert.to_generate_response(candidates, last, str(model.key.version))
 
     async def StreamGenerate(

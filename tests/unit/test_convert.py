@@ -85,3 +85,18 @@ def test_wrong_inputs_are_named(inputs: list[str], field: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         convert.to_texts(pb.EmbedRequest(model="m", inputs=inputs))
     assert refused.value.field == field
+
+
+def test_calls_of_the_requests_tools_leave_the_text() -> None:
+    job = convert.to_generate_job(
+        pb.GenerateRequest(
+            model="m", messages=[pb.Message(role="user", content="hi")], tools=[pb.Tool(name="weather")]
+        )
+    )
+    called = pb.Candidate(text='So: <tool_call>{"name": "weather", "arguments": {"at": "sea"}}</tool_call>')
+    other = pb.Candidate(text='<tool_call>{"name": "unknown", "arguments": {}}</tool_call>')
+    convert.find_calls([called, other], job)
+    assert [(c.name, c.arguments) for c in called.tool_calls] == [("weather", '{"at": "sea"}')]
+    assert called.text.strip() == "So:"
+    assert not other.tool_calls
+    assert other.text.startswith("<tool_call>")
