@@ -296,6 +296,15 @@ class Agent:
         if (why := sizing.unfit(needed.footprint, self._available_bytes())) is not None:
             raise Refused(why)
 
+    async def _longest(self, folder: Path, manifest: Manifest) -> Callable[[int], str | None]:
+        """Why a sequence of so many tokens can never be computed here; None if it can."""
+        cache = self._limits.kv_cache_bytes
+        try:
+            kv = (await asyncio.to_thread(estimate.of, folder, manifest, cache)).kv
+        except UnreadableWeights:
+            kv = None
+        return lambda tokens: None if kv is None else sizing.never_fits(tokens, kv, cache)
+
     async def _triton_load(self, version: Version) -> None:
         """A Triton that was there and is gone after that was, as far as anybody can tell, ended by it."""
         try:
@@ -312,7 +321,8 @@ class Agent:
     async def _proven(self, key: VersionKey, folder: Path, manifest: Manifest) -> Served:
         if manifest.text is not None:
             session = Session(self._triton, key, self._repository.secret, self._limits.max_sequences)
-            text = TextModel(key, manifest.text, folder, session)
+            unfit = await self._longest(folder, manifest)
+            text = TextModel(key, manifest.text, folder, session, unfit)
             self._proving[key] = text
             try:
                 await self._watchdog.watch(key, lambda: session.silent_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,8 +98,17 @@ class Scored:
 class TextModel:
     """One version of a text model in one Triton."""
 
-    def __init__(self, key: VersionKey, spec: TextSpec, folder: Path, session: Session) -> None:
+    def __init__(
+        self,
+        key: VersionKey,
+        spec: TextSpec,
+        folder: Path,
+        session: Session,
+        unfit: Callable[[int], str | None] = lambda tokens: None,
+    ) -> None:
+        """`unfit`: why so many tokens, prompt and answer, can never be computed here; None if they can."""
         self.key = key
+        self._unfit = unfit
         self.session = session
         self._spec = spec
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -229,6 +238,8 @@ class TextModel:
             raise InvalidInput(
                 "max_tokens", f"{wanted}, but the prompt of {prompt_tokens} tokens leaves room for {room}"
             )
+        if (why := self._unfit(prompt_tokens + wanted)) is not None:
+            raise InvalidInput("max_tokens", f"{wanted}, but with a prompt of {prompt_tokens} tokens {why}")
         seed = job.seed if job.seed is not None else secrets.randbits(63) if job.temperature else 0
         return Sampling(
             max_tokens=wanted,
