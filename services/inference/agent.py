@@ -19,6 +19,9 @@ from services.core.discovery import FAILED, LOADING, READY, Hosted, Version, Ver
 from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
 from services.inference import golden
 from services.inference.artifact import Manifest, unlike
+from services.inference.classifier import ClassifierModel
+from services.inference.encoder import CACHE_BYTES
+from services.inference.questions import AnswerModel
 from services.inference.repository import Repository
 from services.inference.requirements import Machine, Needs, unmet
 from services.inference.session import Session
@@ -45,14 +48,16 @@ class TensorModel:
         """Holds nothing open."""
 
 
-Served = TextModel | VectorModel | TensorModel
+Served = TextModel | VectorModel | ClassifierModel | AnswerModel | TensorModel
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a text model may use: sequences in progress at once."""
+    """What a model may use: a text model sequences in progress at once; an encoder bytes for what it computed
+    before."""
 
     max_sequences: int
+    cache_bytes: int = CACHE_BYTES
 
 
 class Agent:
@@ -213,9 +218,17 @@ class Agent:
                 raise
             return text
         if manifest.vector is not None:
-            vectors = VectorModel(key, manifest.vector, folder, self._triton)
+            vectors = VectorModel(key, manifest.vector, folder, self._triton, self._limits.cache_bytes)
             await golden.check_vectors(vectors, manifest)
             return vectors
+        if manifest.classifier is not None:
+            labels = ClassifierModel(key, manifest.classifier, folder, self._triton, self._limits.cache_bytes)
+            await golden.check_labels(labels, manifest)
+            return labels
+        if manifest.answerer is not None:
+            answers = AnswerModel(key, manifest.answerer, folder, self._triton)
+            await golden.check_answers(answers, manifest)
+            return answers
         return TensorModel(key)
 
     async def _retire(self, key: VersionKey) -> None:

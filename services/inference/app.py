@@ -46,6 +46,8 @@ class InferenceSettings(Settings):
     """Triton's --model-repository."""
     kv_cache_gib: int = 1
     """Memory of a text engine's KV cache, GiB."""
+    vector_cache_mib: int = 32
+    """Memory for the vectors or labels of texts that came before, MiB, of each version of a model."""
     max_sequences: int = 256
     """Sequences of one text model in progress at once; more are refused with RESOURCE_EXHAUSTED."""
 
@@ -80,7 +82,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             triton,
             store,
             Repository(cfg.model_repository, parameters),
-            Limits(cfg.max_sequences),
+            Limits(cfg.max_sequences, cfg.vector_cache_mib << 20),
             machine,
             registration.update,
         )

@@ -6,10 +6,13 @@ import numpy as np
 
 from services.inference.artifact import Manifest
 from services.inference.backends.engine import Sampling
+from services.inference.classifier import ClassifierModel
+from services.inference.questions import AnswerModel, Question
 from services.inference.text import TextModel
 from services.inference.vectors import VectorModel
 
 MIN_COSINE = 0.9999
+MAX_SCORE_DIFFERENCE = 1e-3
 TIMEOUT_S = 60.0
 
 
@@ -45,3 +48,37 @@ async def check_vectors(model: VectorModel, manifest: Manifest) -> None:
             raise GoldenMismatch(
                 f'golden example "{golden.text[:60]}": cosine {cosine:.6f} is below {MIN_COSINE}'
             )
+
+
+async def check_labels(model: ClassifierModel, manifest: Manifest) -> None:
+    """The best label of each text is the golden one, and no label's probability differs by more than
+    MAX_SCORE_DIFFERENCE. Raises GoldenMismatch."""
+    texts = [golden.text for golden in manifest.golden_labels]
+    if not texts:
+        return
+    found = (await model.classify(texts, TIMEOUT_S)).scores
+    for golden, scores in zip(manifest.golden_labels, found, strict=True):
+        expected = np.array(golden.scores, np.float32)
+        name = f'golden example "{golden.text[:60]}"'
+        if len(expected) != len(scores):
+            raise GoldenMismatch(f"{name}: {len(scores)} labels, not {len(expected)}")
+        if int(scores.argmax()) != int(expected.argmax()):
+            best, wanted = model.labels[int(scores.argmax())], model.labels[int(expected.argmax())]
+            raise GoldenMismatch(f'{name}: label "{best}", not "{wanted}"')
+        difference = float(np.abs(scores - expected).max())
+        if not difference <= MAX_SCORE_DIFFERENCE:
+            raise GoldenMismatch(f"{name}: a score differs by {difference:.6f}")
+
+
+async def check_answers(model: AnswerModel, manifest: Manifest) -> None:
+    """The best answer of each question is the golden one, to MAX_SCORE_DIFFERENCE as probable. Raises
+    GoldenMismatch."""
+    for golden in manifest.golden_answers:
+        job = Question(golden.question, golden.context)
+        spans = (await model.answer(job, TIMEOUT_S)).spans
+        start, end, score = (spans[0].start, spans[0].end, spans[0].score) if spans else (0, 0, 0.0)
+        name = f'golden example "{golden.question[:60]}"'
+        if (start, end) != (golden.start, golden.end):
+            raise GoldenMismatch(f"{name}: answer at {start}:{end}, not {golden.start}:{golden.end}")
+        if not abs(score - golden.score) <= MAX_SCORE_DIFFERENCE:
+            raise GoldenMismatch(f"{name}: score {score:.6f}, not {golden.score:.6f}")

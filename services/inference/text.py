@@ -10,14 +10,14 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from services.core.discovery import VersionKey
-from services.core.errors import InvalidInput
+from services.core.errors import InvalidInput, Unsupported
 from services.core.telemetry import current_traceparent
 from services.inference.artifact import TextSpec
 from services.inference.backends.engine import Finish, Grammar, Sampling
 from services.inference.chat import ChatTemplate, Tool, Turn
 from services.inference.session import Session
 from services.inference.stops import StopFilter
-from services.inference.tokens import Detokenizer, unblocked
+from services.inference.tokens import Detokenizer, Tokens, unblocked
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -110,6 +110,18 @@ class TextModel:
                     return
                 if text:
                     yield Delta(text)
+
+    async def tokenize(self, prompt: str, turns: tuple[Turn, ...], tools: tuple[Tool, ...]) -> Tokens:
+        """A text, or a chat as its template renders it, however long. Raises InvalidInput."""
+        if turns and self._template is None:
+            raise InvalidInput("messages", f"{self.key.model} has no chat template; send text instead")
+        if tools:
+            raise Unsupported("tools", f"the chat template of {self.key.model} knows no tools")
+        text = self._template.render(turns) if turns and self._template else prompt
+        encoding = await unblocked(
+            len(text), lambda: self._tokenizer.encode(text, add_special_tokens=not turns)
+        )
+        return Tokens(encoding.ids, encoding.tokens, self._spec.context_tokens)
 
     async def _encode(self, job: GenerateJob) -> list[int]:
         if job.turns:
