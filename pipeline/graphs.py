@@ -89,10 +89,10 @@ def tokenizer_of(checkpoint: Path) -> Tokenizer:
     if (checkpoint / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     else:
-        slow = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-        tokenizer = getattr(slow, "backend_tokenizer", None)
-        if not isinstance(tokenizer, Tokenizer):
+        made = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+        if not hasattr(made, "backend_tokenizer"):
             raise ValueError(f"{checkpoint}: has no tokenizer.json, and none can be made of what it has")
+        tokenizer = made.backend_tokenizer
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

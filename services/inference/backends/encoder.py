@@ -141,23 +141,22 @@ class _Figures:
     """Counters on Triton's metrics port."""
 
     def __init__(self, model: str, version: str) -> None:
-        labels = {"model": model, "version": version}
-        self._runs, self._rows, self._tokens, self._padding = (
+        self._families = [
             pb_utils.MetricFamily(
                 name=f"lingqu_encoder_{name}_total",
                 description=description,
                 kind=pb_utils.MetricFamily.COUNTER,
-            ).Metric(labels=labels)
+            )
             for name, description in (
                 ("runs", "Runs of an encoder's graph"),
                 ("rows", "Texts, or windows of them, in these runs"),
                 ("tokens", "Tokens of these runs, padding included"),
                 ("padding", "Tokens of these runs that were padding"),
             )
-        )
+        ]  # a metric does not outlive its family
+        labels = {"model": model, "version": version}
+        self._metrics = [family.Metric(labels=labels) for family in self._families]
 
     def add(self, rows: int, tokens: int, padded: int) -> None:
-        self._runs.increment(1)
-        self._rows.increment(rows)
-        self._tokens.increment(tokens)
-        self._padding.increment(padded)
+        for metric, value in zip(self._metrics, (1, rows, tokens, padded), strict=True):
+            metric.increment(value)
