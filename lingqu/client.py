@@ -66,8 +66,8 @@ class LingquError(Exception):
 class Client:
     """One connection to a suite; use it as `async with lingqu.Client(key=…) as client`.
 
-    `timeout` bounds every call in seconds, retries included. Generate and embed are retried while the suite
-    is unavailable; a stream only as long as nothing of it has arrived."""
+    `timeout` bounds every call in seconds, retries included. Calls are retried while the suite is
+    unavailable; a stream only as long as nothing of it has arrived."""
 
     def __init__(self, address: str = "127.0.0.1:8080", key: str = "", timeout: float = 120.0) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=channel_options(address))
@@ -119,11 +119,38 @@ class Client:
             if call is not None:
                 call.cancel()
 
-    async def embed(self, model: str, inputs: Sequence[str]) -> pb.EmbedResponse:
-        """A vector for each text. Raises LingquError."""
-        request = pb.EmbedRequest(model=model, inputs=inputs)
+    async def embed(self, model: str, inputs: Sequence[str], **options: Any) -> pb.EmbedResponse:
+        """A vector for each text. `options` are fields of EmbedRequest: dimensions, normalize, truncation,
+        priority. Raises LingquError."""
+        request = pb.EmbedRequest(model=model, inputs=inputs, **options)
         return await self._retried(
             lambda left: self._stub.Embed(request, timeout=left, metadata=self._metadata)
+        )
+
+    async def classify(self, model: str, inputs: Sequence[str], **options: Any) -> pb.ClassifyResponse:
+        """The labels of each text, best first. `options` are fields of ClassifyRequest: top, truncation,
+        priority. Raises LingquError."""
+        request = pb.ClassifyRequest(model=model, inputs=inputs, **options)
+        return await self._retried(
+            lambda left: self._stub.Classify(request, timeout=left, metadata=self._metadata)
+        )
+
+    async def answer(self, model: str, question: str, context: str, **options: Any) -> pb.AnswerResponse:
+        """Where the context answers the question, best first; nothing where the model says that it does not.
+        `options` are fields of AnswerRequest: top, max_answer_tokens, priority. Raises LingquError."""
+        request = pb.AnswerRequest(model=model, question=question, context=context, **options)
+        return await self._retried(
+            lambda left: self._stub.Answer(request, timeout=left, metadata=self._metadata)
+        )
+
+    async def tokenize(
+        self, model: str, text: str = "", messages: Messages = (), **options: Any
+    ) -> pb.TokenizeResponse:
+        """The model's tokens of a text, or of a chat of (role, content) pairs. Raises LingquError."""
+        turns = [pb.Message(role=role, content=content) for role, content in messages]
+        request = pb.TokenizeRequest(model=model, text=text, messages=turns, **options)
+        return await self._retried(
+            lambda left: self._stub.Tokenize(request, timeout=left, metadata=self._metadata)
         )
 
     async def _retried(self, call: Callable[[float], Awaitable[T]]) -> T:

@@ -80,6 +80,45 @@ def encoder(
 
 
 @app.command()
+def classifier(
+    checkpoint: Path,
+    out: Out = Path("artifacts"),
+    evaluation: Evaluation = NONE,
+    parent: Parent = "",
+    training_run: TrainingRun = "",
+    data_sha256: DataSha256 = "",
+    source: Source = "",
+    label: Label = NONE,
+) -> None:
+    """Make an artifact of a sequence classification checkpoint of transformers."""
+    about = _about(evaluation, parent, training_run, data_sha256, source, label)
+    from pipeline.classifier import package_classifier
+
+    typer.echo(package_classifier(checkpoint, out, about).folder)
+
+
+@app.command()
+def answerer(
+    checkpoint: Path,
+    out: Out = Path("artifacts"),
+    no_answer: Annotated[
+        bool, typer.Option("--no-answer", help="It was trained to say that there is no answer (SQuAD 2.0).")
+    ] = False,
+    evaluation: Evaluation = NONE,
+    parent: Parent = "",
+    training_run: TrainingRun = "",
+    data_sha256: DataSha256 = "",
+    source: Source = "",
+    label: Label = NONE,
+) -> None:
+    """Make an artifact of an extractive question answering checkpoint of transformers."""
+    about = _about(evaluation, parent, training_run, data_sha256, source, label)
+    from pipeline.answerer import package_answerer
+
+    typer.echo(package_answerer(checkpoint, out, about, no_answer).folder)
+
+
+@app.command()
 def tensor(
     folder: Path,
     out: Out = Path("artifacts"),

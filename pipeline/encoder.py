@@ -8,31 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
+from pipeline.graphs import export, parent, signature
 from pipeline.package import About, Package, ParityError, digests, seal, staging_folder
-from services.inference.artifact import (
-    GoldenVector,
-    Manifest,
-    Requirements,
-    Signature,
-    TensorSignature,
-    VectorSpec,
-)
+from services.inference.artifact import GoldenVector, Manifest, Requirements, VectorSpec
 from services.inference.requirements import same_minor
 
-OPSET = 18
-DATATYPES = {"tensor(int64)": "INT64", "tensor(float)": "FP32", "tensor(float16)": "FP16"}
 # The exported graph must agree with torch to this cosine on every golden text.
 MIN_COSINE = 0.9999
 GOLDEN_TEXTS = (
@@ -77,7 +67,7 @@ def package_encoder(checkpoint: Path, store: Path, about: About = About()) -> Pa
         expected = encoder(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
 
     staging = staging_folder(store)
-    export(encoder, staging / "model.onnx")
+    export(encoder, staging / "model.onnx", ("input_ids", "attention_mask"), {"embedding": False})
     cosines = [check_parity(staging / "model.onnx", ids, mask, expected)]
     for row, real in enumerate(mask.sum(axis=1)):  # traced with one shape: prove others as well
         alone = (ids[row : row + 1, :real], mask[row : row + 1, :real])
@@ -102,29 +92,9 @@ def package_encoder(checkpoint: Path, store: Path, about: About = About()) -> Pa
         ),
         requirements=Requirements(engine=same_minor("onnxruntime")),
         signature=signature(staging / "model.onnx"),
-        **about.found({"parity_cosine": round(min(cosines), 6)}, _parent(checkpoint)).parts,
+        **about.found({"parity_cosine": round(min(cosines), 6)}, parent(checkpoint)).parts,
     )
     return seal(staging, manifest, store)
-
-
-def export(encoder: torch.nn.Module, path: Path) -> None:
-    """Write `encoder` as ONNX with free batch and token axes."""
-    example = torch.ones((2, 8), dtype=torch.int64)
-    axes = {0: "batch", 1: "tokens"}
-    with warnings.catch_warnings():
-        # The tracer warns of shapes it takes for constants; check_parity proves that none matters.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            encoder,
-            (example, example),
-            str(path),
-            input_names=["input_ids", "attention_mask"],
-            output_names=["embedding"],
-            dynamic_axes={"input_ids": axes, "attention_mask": axes, "embedding": {0: "batch"}},
-            opset_version=OPSET,
-            dynamo=False,
-        )
-    onnx.checker.check_model(str(path))
 
 
 def check_parity(path: Path, ids: Any, mask: Any, expected: Any) -> float:
@@ -135,25 +105,3 @@ def check_parity(path: Path, ids: Any, mask: Any, expected: Any) -> float:
     if not worst >= MIN_COSINE:
         raise ParityError(f"{path.name}: cosine with torch is {worst:.6f}, below {MIN_COSINE}")
     return worst
-
-
-def signature(path: Path) -> Signature:
-    """The inputs and outputs of a graph; an axis with a name varies."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    inputs, outputs = (
-        tuple(
-            TensorSignature(
-                name=one.name,
-                datatype=DATATYPES[one.type],
-                shape=tuple(axis if isinstance(axis, int) else -1 for axis in one.shape),
-            )
-            for one in group
-        )
-        for group in (session.get_inputs(), session.get_outputs())
-    )
-    return Signature(inputs=inputs, outputs=outputs)
-
-
-def _parent(checkpoint: Path) -> str:
-    """The base model, in the checkpoint's own words."""
-    return str(json.loads((checkpoint / "config.json").read_text()).get("_name_or_path", ""))[:256]

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.encoder import GOLDEN_TEXTS, SentenceEncoder, check_parity, export, signature
+from pipeline.encoder import GOLDEN_TEXTS, SentenceEncoder, check_parity
+from pipeline.graphs import export, signature
 from pipeline.package import About, Package, digests, seal, staging_folder
 from services.inference.artifact import GoldenVector, Manifest, VectorSpec
 
@@ -51,7 +52,8 @@ def package_half(checkpoint: Path, store: Path, about: About = About()) -> Packa
     tokenizer.enable_truncation(max_tokens)
     tokenizer.no_padding()
     staging = staging_folder(store)
-    export(SentenceEncoder(HalfStates(model)).eval(), staging / WEIGHTS)
+    half = SentenceEncoder(HalfStates(model)).eval()
+    export(half, staging / WEIGHTS, ("input_ids", "attention_mask"), {"embedding": False})
     whole, golden, cosines = SentenceEncoder(model).eval(), [], []
     for text in GOLDEN_TEXTS:  # each alone: of its own length
         ids = torch.tensor([tokenizer.encode(text).ids])

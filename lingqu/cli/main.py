@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lingqu
-from lingqu.cli import clients, models, registry, releases, rollouts, sizes, suite, text
+from lingqu.cli import clients, models, registry, releases, rollouts, sizes, suite, tasks, text
 from lingqu.cli.connection import Suite
 
 app = typer.Typer(
@@ -51,6 +51,9 @@ app.command()(suite.status)
 app.command()(text.generate)
 app.command()(text.chat)
 app.command()(text.embed)
+app.command()(tasks.classify)
+app.command()(tasks.answer)
+app.command()(tasks.tokenize)
 app.command()(suite.instances)
 for command in (
     releases.traffic,

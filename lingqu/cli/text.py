@@ -78,6 +78,7 @@ def embed(
     context: typer.Context,
     texts: Annotated[list[str], typer.Argument(help="Texts to turn into vectors.")],
     model: Model = DEFAULT_VECTORS,
+    dimensions: Annotated[int | None, typer.Option(help="Only the first components, so many.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All components, as JSON.")] = False,
 ) -> None:
     """Turn texts into vectors, and show how similar each is to the first (cosine).
@@ -85,9 +86,11 @@ def embed(
     Example: lingqu embed "a canal" "a river" "a keyboard"
     """
 
+    options = {} if dimensions is None else {"dimensions": dimensions}
+
     async def work(suite: Suite) -> pb.EmbedResponse:
         async with suite.client() as client:
-            return await client.embed(model, texts)
+            return await client.embed(model, texts, **options)
 
     answer = run(work(context.obj))
     vectors = [list(e.values) for e in answer.embeddings]

@@ -12,16 +12,20 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from services.core.discovery import FAILED, LOADING, READY, Hosted, Version, VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
 from services.inference import estimate, golden, memory, processes, reporting, sizing
 from services.inference.artifact import Manifest, unlike
+from services.inference.classifier import ClassifierModel
+from services.inference.encoder import CACHE_BYTES
 from services.inference.processes import Processes
 from services.inference.quarantine import Quarantine
+from services.inference.questions import AnswerModel
 from services.inference.repository import Repository
 from services.inference.requirements import Machine, Needs, unmet
 from services.inference.session import Session
@@ -57,17 +61,18 @@ class TensorModel:
         """Holds nothing open."""
 
 
-Served = TextModel | VectorModel | TensorModel
+Served = TextModel | VectorModel | ClassifierModel | AnswerModel | TensorModel
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a text model may use: sequences in progress at once, bytes of KV cache; and how long any engine
-    may be silent while it has work."""
+    """What a model may use: a text model sequences in progress at once and bytes of KV cache, an encoder
+    bytes for what it computed before; and how long any engine may be silent while it has work."""
 
     max_sequences: int
     kv_cache_bytes: int = 1 << 30
     engine_timeout_s: float = 30.0
+    cache_bytes: int = CACHE_BYTES
 
 
 class Agent:
@@ -271,13 +276,13 @@ class Agent:
 
     async def _plan(self, key: VersionKey, folder: Path, manifest: Manifest) -> Path | None:
         """What TensorRT makes of the artifact for this GPU, built now if it never was. Raises Refused."""
-        spec = manifest.vector
+        spec = manifest.encoder
         if manifest.runtime != "tensorrt" or spec is None:
             return None
         if self._plans is None or not self._machine.gpus:
             raise Refused("its runtime is tensorrt, and this replica builds no plans")
         gpu, digest = self._machine.gpus[0], manifest.files[spec.weights].sha256
-        of = recipe(digest, ("input_ids", "attention_mask"), spec.max_tokens, gpu, self._plans.version)
+        of = recipe(digest, tuple(spec.inputs), spec.max_tokens, gpu, self._plans.version)
         self._note(key, f"building its engine for {gpu.name} with TensorRT {of.tensorrt}")
         try:
             return await asyncio.to_thread(self._plans.get, folder / spec.weights, of, self._store.go_on)
@@ -339,15 +344,32 @@ class Agent:
             return text
         pulse = self._triton.new_pulse(key)
         await self._watchdog.watch(key, lambda: pulse.silent_s, lambda: pulse.ill)
+        proof = self._proof(key, folder, manifest)
+        if proof is None:
+            return TensorModel(key)
+        encoder, check = proof
+        self._proving[key] = encoder
+        try:
+            await check(manifest)
+        finally:
+            del self._proving[key]
+        return encoder
+
+    def _proof(
+        self, key: VersionKey, folder: Path, manifest: Manifest
+    ) -> tuple[Served, Callable[[Manifest], Awaitable[None]]] | None:
+        """The model, if its artifact describes an encoder, and how it proves itself."""
+        cache = self._limits.cache_bytes
         if manifest.vector is not None:
-            vectors = VectorModel(key, manifest.vector, folder, self._triton)
-            self._proving[key] = vectors
-            try:
-                await golden.check_vectors(vectors, manifest)
-            finally:
-                del self._proving[key]
-            return vectors
-        return TensorModel(key)
+            vectors = VectorModel(key, manifest.vector, folder, self._triton, cache)
+            return vectors, partial(golden.check_vectors, vectors)
+        if manifest.classifier is not None:
+            labels = ClassifierModel(key, manifest.classifier, folder, self._triton, cache)
+            return labels, partial(golden.check_labels, labels)
+        if manifest.answerer is not None:
+            answers = AnswerModel(key, manifest.answerer, folder, self._triton)
+            return answers, partial(golden.check_answers, answers)
+        return None
 
     async def _retire(self, key: VersionKey) -> None:
         """Nobody wants the version, nobody is sent here for it any more: finish what runs, then unload."""

@@ -60,6 +60,8 @@ class InferenceSettings(Settings):
     """Triton's --model-repository."""
     kv_cache_gib: int = 1
     """Memory of a text engine's KV cache, GiB."""
+    vector_cache_mib: int = 32
+    """Memory for the vectors or labels of texts that came before, MiB, of each version of a model."""
     max_sequences: int = 256
     """Sequences of one text model in progress at once; more are refused with RESOURCE_EXHAUSTED."""
     slots: int = Field(64, ge=1)
@@ -113,7 +115,9 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             triton,
             store,
             Repository(cfg.model_repository, parameters),
-            Limits(cfg.max_sequences, cfg.kv_cache_gib << 30, cfg.engine_timeout_s),
+            Limits(
+                cfg.max_sequences, cfg.kv_cache_gib << 30, cfg.engine_timeout_s, cfg.vector_cache_mib << 20
+            ),
             machine,
             registration.update,
             admission.busy,

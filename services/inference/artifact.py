@@ -33,6 +33,7 @@ FilePath = Annotated[str, StringConstraints(pattern=f"^{_SEGMENT}(/{_SEGMENT})*$
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]{0,62}$")]
 Short = Annotated[str, StringConstraints(max_length=256)]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Datatype = Literal[
     "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64",
     "BF16", "BYTES",
@@ -82,18 +83,77 @@ class TextSpec(_Value):
         return (self.weights, *([self.grammar] if self.grammar else []))
 
 
-class VectorSpec(_Value):
-    """A vector model. Its ONNX graph maps input_ids and attention_mask, INT64 [batch, tokens], to
-    `embedding`, FP32 [batch, dimensions]: pooling and normalisation are inside."""
+class EncoderSpec(_Value):
+    """What reads a text once and answers: an ONNX graph over input_ids and attention_mask, INT64 [batch,
+    tokens]."""
 
     weights: FilePath
     max_tokens: int = Field(ge=1)
     vocabulary: int = Field(ge=1)
-    dimensions: int = Field(ge=1)
 
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.weights,)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs."""
+        return ("input_ids", "attention_mask")
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """The graph's outputs, FP32, and how many components each has a text; -1: one a token."""
+        raise NotImplementedError
+
+
+class VectorSpec(EncoderSpec):
+    """A vector model: `embedding`, FP32 [batch, dimensions]; pooling and normalisation are in the graph.
+    `normalized`: its vectors have unit length."""
+
+    dimensions: int = Field(ge=1)
+    normalized: bool = True
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        return {"embedding": self.dimensions}
+
+
+class ClassifierSpec(EncoderSpec):
+    """A classifier: `logits`, FP32 [batch, labels], in the order of `labels`. `multi_label`: each label has a
+    probability of its own (sigmoid); otherwise they share one (softmax)."""
+
+    labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=4096)]
+    multi_label: bool = False
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("two labels have the same name")
+        return self
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        return {"logits": len(self.labels)}
+
+
+class AnswererSpec(EncoderSpec):
+    """Extractive question answering: `start_logits` and `end_logits`, FP32 [batch, tokens], over a question
+    and a context. `token_types`: the graph also takes token_type_ids, 1 for the context. `no_answer`: it was
+    trained to choose its first token where there is no answer. A longer context is read in windows of which
+    two neighbours share `stride` tokens."""
+
+    max_tokens: int = Field(ge=32)
+    token_types: bool = False
+    no_answer: bool = False
+    stride: int = Field(default=128, ge=1)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*super().inputs, "token_type_ids") if self.token_types else super().inputs
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        return {"start_logits": -1, "end_logits": -1}
 
 
 class TensorSpec(_Value):
@@ -126,6 +186,23 @@ class LatencyBudget(_Value):
     first_token_ms: FiniteFloat = Field(0.0, ge=0)
     per_token_ms: FiniteFloat = Field(0.0, ge=0)
     request_ms: FiniteFloat = Field(0.0, ge=0)
+
+
+class GoldenLabels(_Value):
+    """`scores`: probabilities in the order of the labels."""
+
+    text: str
+    scores: tuple[FiniteFloat, ...]
+
+
+class GoldenAnswer(_Value):
+    """The best answer, in characters of the context; empty, from 0 to 0, where there is none."""
+
+    question: str
+    context: str
+    start: int = Field(ge=0)
+    end: int = Field(ge=0)
+    score: FiniteFloat
 
 
 class Requirements(_Value):
@@ -171,15 +248,19 @@ class Manifest(_Value):
     """What is in an artifact, and what is known of it. Exactly the part that fits `task` is set."""
 
     schema_version: Literal[1] = 1
-    task: Literal["generate", "embed", "tensor"]
+    task: Literal["generate", "embed", "classify", "answer", "tensor"]
     runtime: Literal["openvino-genai", "onnxruntime", "openvino", "tensorrt", "tensorrt-llm", "python"]
     files: dict[FilePath, FileDigest] = Field(max_length=4096)
     text: TextSpec | None = None
     vector: VectorSpec | None = None
+    classifier: ClassifierSpec | None = None
+    answerer: AnswererSpec | None = None
     tensor: TensorSpec | None = None
     golden_texts: tuple[GoldenText, ...] = ()
     golden_vectors: tuple[GoldenVector, ...] = ()
     latency_budget: LatencyBudget = LatencyBudget()
+    golden_labels: tuple[GoldenLabels, ...] = ()
+    golden_answers: tuple[GoldenAnswer, ...] = ()
     requirements: Requirements = Requirements()
     signature: Signature = Signature()
     evaluation: Evaluation = {}
@@ -188,8 +269,7 @@ class Manifest(_Value):
 
     @model_validator(mode="after")
     def _described(self) -> Self:
-        parts = {"generate": self.text, "embed": self.vector, "tensor": self.tensor}
-        if [task for task, part in parts.items() if part is not None] != [self.task]:
+        if [task for task, part in self._parts.items() if part is not None] != [self.task]:
             raise ValueError(f'a manifest for "{self.task}" has the part for it and no other')
         return self
 
@@ -201,7 +281,7 @@ class Manifest(_Value):
             parts = name.split("/")
             if any("/".join(parts[:end]) in self.files for end in range(1, len(parts))):
                 raise ValueError(f"{name} is in a folder that is a file")
-        for part in (self.text, self.vector, self.tensor):
+        for part in self._parts.values():
             for name in part.paths if part else ():
                 if name not in self.files:
                     raise ValueError(f"{name} is not among the files")
@@ -225,12 +305,29 @@ class Manifest(_Value):
         return cls.parse((folder / MANIFEST).read_bytes())
 
     @property
+    def _parts(self) -> dict[str, TextSpec | EncoderSpec | TensorSpec | None]:
+        """By task."""
+        return {
+            "generate": self.text,
+            "embed": self.vector,
+            "classify": self.classifier,
+            "answer": self.answerer,
+            "tensor": self.tensor,
+        }
+
+    @property
+    def encoder(self) -> EncoderSpec | None:
+        """Of an encoder, whatever its task."""
+        return self.vector or self.classifier or self.answerer
+
+    @property
     def size_bytes(self) -> int:
         return sum(f.size for f in self.files.values())
 
     @property
     def golden_examples(self) -> int:
-        return len(self.golden_texts) + len(self.golden_vectors)
+        every = (self.golden_texts, self.golden_vectors, self.golden_labels, self.golden_answers)
+        return sum(map(len, every))
 
 
 def unlike(record: Version, manifest: Manifest) -> str | None:

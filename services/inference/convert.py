@@ -95,7 +95,7 @@ def to_generate_job(request: pb.GenerateRequest) -> GenerateJob:
     )
 
 
-def to_texts(request: pb.EmbedRequest) -> list[str]:
+def to_texts(request: pb.EmbedRequest | pb.ClassifyRequest) -> list[str]:
     """Raises InvalidInput, naming the field."""
     return _texts(request.inputs, MAX_INPUTS)
 
@@ -183,7 +183,8 @@ def to_score_response(scores: Sequence[Scored], tokens: bool, version: str) -> p
 
 def to_embed_response(vectors: Vectors, version: str) -> pb.EmbedResponse:
     return pb.EmbedResponse(
-        embeddings=[pb.Embedding(values=row) for row in vectors.values],
+        # Lists: protobuf takes floats of Python several times faster than those of numpy.
+        embeddings=[pb.Embedding(values=row) for row in vectors.values.tolist()],
         usage=pb.Usage(prompt_tokens=vectors.tokens),
         model_version=version,
     )

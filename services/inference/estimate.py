@@ -25,14 +25,14 @@ class Estimate:
 
 def of(folder: Path, manifest: Manifest, kv_cache_bytes: int) -> Estimate:
     """Raises UnreadableWeights, OSError."""
-    spec = manifest.text or manifest.vector
+    spec = manifest.text or manifest.encoder
     if spec is None or spec.weights not in manifest.files:
         # Any model for the Python backend: its files are all that is known of it.
         size = sum(file.size for name, file in manifest.files.items() if not name.endswith((".py", ".pbtxt")))
         return Estimate(sizing.footprint(manifest.runtime, {"files": size}))
     found = weights.read(folder / spec.weights)
     if manifest.text is None:
-        longest = min(manifest.vector.max_tokens if manifest.vector else RUN_TOKENS, RUN_TOKENS)
+        longest = min(manifest.encoder.max_tokens if manifest.encoder else RUN_TOKENS, RUN_TOKENS)
         activations = _activations(folder / "config.json", longest)
         return Estimate(
             sizing.footprint(manifest.runtime, found.by_type, activation_bytes=activations),

@@ -18,7 +18,7 @@ from tritonclient.grpc import model_config_pb2 as config_pb2
 
 from services.core.discovery import VersionKey
 from services.core.files import write_secret
-from services.inference.artifact import MANIFEST, Manifest, digest_file
+from services.inference.artifact import MANIFEST, EncoderSpec, Manifest, digest_file
 from services.inference.backends import wire
 from services.inference.tensorrt import plan as plans
 from services.inference.tensorrt.plan import PLAN
@@ -26,10 +26,14 @@ from services.inference.tensorrt.plan import PLAN
 _CLASS = "from services.inference.backends.{module} import TritonPythonModel as TritonPythonModel\n"
 MAX_BATCH = 64
 QUEUE_DELAY_US = 300  # how long the first request of a batch waits for others
+MAX_QUEUE = 512  # requests of one priority that wait for an encoder; Triton refuses more
+PRIORITIES, NORMAL = 3, 2  # as callers.Priority numbers them
+# Requests may set a timeout of their own only below the model's.
+MAX_WAIT_US = 600_000_000
 
 
 class Repository:
-    """Owns the folder. `parameters` are handed to every text and vector model. `secret` is what text models
+    """Owns the folder. `parameters` are handed to every model but tensor models. `secret` is what text models
     know inference by; it outlives a restart, so that they need not be loaded again for it."""
 
     def __init__(self, root: Path, parameters: dict[str, str]) -> None:
@@ -57,8 +61,10 @@ class Repository:
                     "publish it as a model of another name"
                 )
             config_file.write_text(config)
-        if target.is_dir() and _same(target / MANIFEST, folder / MANIFEST) and _links(target / PLAN, plan):
-            return
+        ours = None if manifest.tensor else _CLASS.format(module="text" if manifest.text else "encoder")
+        same = target.is_dir() and _same(target / MANIFEST, folder / MANIFEST) and _links(target / PLAN, plan)
+        if same and (ours is None or plan is not None or (target / "model.py").read_text() == ours):
+            return  # with another model.py, an earlier release of ours laid it out
         staging = self._root / f".{key.model}.{key.version}"
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
@@ -71,10 +77,10 @@ class Repository:
             staging.rename(target)
             return
         model = staging / "model.py"
-        if manifest.tensor is None:
+        if ours is not None:
             model.unlink(missing_ok=True)  # never through a link into the store
-            model.write_text(_CLASS.format(module="text" if manifest.text else "vector"))
-        elif manifest.tensor.model != "model.py":
+            model.write_text(ours)
+        elif manifest.tensor is not None and manifest.tensor.model != "model.py":
             model.symlink_to((folder / manifest.tensor.model).resolve())
         py_compile.compile(str(model), cfile=str(_byte_code(model)), dfile=str(target / "model.py"))
         staging.rename(target)
@@ -102,14 +108,11 @@ class Repository:
             )
         elif manifest.text is not None:
             config = _text_config()
-        elif manifest.runtime == "tensorrt" and manifest.vector is not None:
-            spec = manifest.vector
-            config = plans.config(
-                ("input_ids", "attention_mask"), {"embedding": spec.dimensions}, spec.max_tokens
-            )
+        elif manifest.runtime == "tensorrt" and (spec := manifest.encoder) is not None:
+            config = plans.config(tuple(spec.inputs), dict(spec.outputs), spec.max_tokens)
         else:
-            assert manifest.vector is not None  # noqa: S101 - Manifest has exactly one of the three
-            config = _vector_config(manifest.vector.dimensions)
+            assert manifest.encoder is not None  # noqa: S101 - Manifest has exactly one of the three
+            config = _encoder_config(manifest.encoder)
         if config.backend == "python" and manifest.tensor is None:
             for key, value in self._parameters.items():
                 config.parameters[key].string_value = value
@@ -135,14 +138,22 @@ def _text_config() -> Any:
     return config
 
 
-def _vector_config(dimensions: int) -> Any:
+def _encoder_config(spec: EncoderSpec) -> Any:
     config = config_pb2.ModelConfig(backend="python", max_batch_size=MAX_BATCH)
-    for name in ("input_ids", "attention_mask"):
+    for name in spec.inputs:
         # Ragged: texts of different lengths share a batch; the model pads them.
         config.input.add(name=name, data_type=config_pb2.TYPE_INT64, dims=[-1], allow_ragged_batch=True)
-    config.output.add(name="embedding", data_type=config_pb2.TYPE_FP32, dims=[dimensions])
+    for name, components in spec.outputs.items():
+        config.output.add(name=name, data_type=config_pb2.TYPE_FP32, dims=[components])
     config.instance_group.add(count=1, kind=config_pb2.ModelInstanceGroup.KIND_CPU)
-    config.dynamic_batching.max_queue_delay_microseconds = QUEUE_DELAY_US
+    batching = config.dynamic_batching
+    batching.max_queue_delay_microseconds = QUEUE_DELAY_US
+    batching.priority_levels, batching.default_priority_level = PRIORITIES, NORMAL
+    policy = batching.default_queue_policy
+    policy.max_queue_size = MAX_QUEUE
+    policy.timeout_action = config_pb2.ModelQueuePolicy.REJECT
+    policy.default_timeout_microseconds = MAX_WAIT_US
+    policy.allow_timeout_override = True
     return config
 
 

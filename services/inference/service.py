@@ -8,19 +8,22 @@ from typing import TypeVar
 
 from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceServicer
-from services.core.errors import Unimplemented, WrongTask
+from services.core.errors import Unsupported, WrongTask
 from services.core.interceptors import Context
-from services.inference import convert
+from services.inference import convert, convert_tasks
 from services.inference.admission import Admission
+from services.inference.agent import Served, TensorModel
 from services.inference.callers import caller
+from services.inference.classifier import ClassifierModel
 from services.inference.generation import Generation
+from services.inference.questions import AnswerModel
 from services.inference.routing import Routing
 from services.inference.text import Delta, TextModel
 from services.inference.vectors import VectorModel
 
 VERSION_HEADER = "x-lingqu-model-version"
 
-M = TypeVar("M", TextModel, VectorModel)
+M = TypeVar("M", TextModel, VectorModel, ClassifierModel, AnswerModel)
 
 
 class Inference(InferenceServiceServicer):
@@ -53,17 +56,36 @@ class Inference(InferenceServiceServicer):
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         texts = convert.to_texts(request)
         model = self._model(request.model, VectorModel, "makes no vectors", context)
-        who = caller(context, request.priority)
+        shape, who = convert_tasks.to_shape(request), caller(context, request.priority)
         async with self._admission.request(model.key, who) as asked:
-            vectors = await model.embed(texts, who.remaining)
+            vectors = await model.embed(
+                texts,
+                who.remaining,
+                dimensions=shape.dimensions,
+                normalize=shape.normalize,
+                truncation=convert_tasks.to_truncation(request.truncation),
+                priority=who.priority,
+            )
             asked.prompt_tokens = vectors.tokens
         return convert.to_embed_response(vectors, str(model.key.version))
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
-        raise Unimplemented("Classify is not there yet")
+        texts, top = convert.to_texts(request), convert_tasks.to_top(request)
+        model = self._model(request.model, ClassifierModel, "gives no labels", context)
+        who, truncation = caller(context, request.priority), convert_tasks.to_truncation(request.truncation)
+        async with self._admission.request(model.key, who) as asked:
+            classes = await model.classify(texts, who.remaining, truncation=truncation, priority=who.priority)
+            asked.prompt_tokens = classes.tokens
+        return convert_tasks.to_classify_response(classes, model.labels, top, str(model.key.version))
 
     async def Answer(self, request: pb.AnswerRequest, context: Context) -> pb.AnswerResponse:
-        raise Unimplemented("Answer is not there yet")
+        job = convert_tasks.to_question(request)
+        model = self._model(request.model, AnswerModel, "answers no questions", context)
+        who = caller(context, request.priority)
+        async with self._admission.request(model.key, who) as asked:
+            answers = await model.answer(job, who.remaining, priority=who.priority)
+            asked.prompt_tokens = answers.tokens
+        return convert_tasks.to_answer_response(answers, request.context, str(model.key.version))
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         texts = convert.to_score_texts(request)
@@ -74,12 +96,26 @@ class Inference(InferenceServiceServicer):
         return convert.to_score_response(scores, request.tokens, str(model.key.version))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        raise Unimplemented("Tokenize is not there yet")
+        text = convert_tasks.to_tokenize_text(request)
+        turns, tools = convert.turns(request.messages), convert.tools(request.tools)
+        model = self._routed(request.model, context)
+        if isinstance(model, TensorModel):
+            raise WrongTask("model", f'"{request.model}" reads no text')
+        if isinstance(model, TextModel):
+            tokens = await model.tokenize(text, turns, tools)
+        elif turns:
+            raise Unsupported("messages", f'"{request.model}" has no chat template; send text instead')
+        else:
+            tokens = await model.tokenize(text)
+        return convert_tasks.to_tokenize_response(tokens, str(model.key.version))
 
     def _model(self, name: str, kind: type[M], otherwise: str, context: Context) -> M:
-        """The gateway says which version; without its word the registry's traffic decides."""
-        metadata = dict(context.invocation_metadata() or ())
-        model = self._routing.model(name, str(metadata.get(VERSION_HEADER, "")))
+        model = self._routed(name, context)
         if not isinstance(model, kind):
             raise WrongTask("model", f'"{name}" {otherwise}')
         return model
+
+    def _routed(self, name: str, context: Context) -> Served:
+        """The gateway says which version; without its word the registry's traffic decides."""
+        metadata = dict(context.invocation_metadata() or ())
+        return self._routing.model(name, str(metadata.get(VERSION_HEADER, "")))

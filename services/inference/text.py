@@ -20,7 +20,7 @@ from services.inference.grammars import Grammars
 from services.inference.session import Session, Step
 from services.inference.stops import StopFilter
 from services.inference.streams import interleaved
-from services.inference.tokens import Detokenizer, token_bytes, unblocked
+from services.inference.tokens import Detokenizer, Tokens, token_bytes, unblocked
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -200,6 +200,16 @@ class TextModel:
         if self._grammars is None:
             raise Unsupported("response_format", f"{self.key.model} was published without a grammar model")
         await self._grammars.check(grammar)
+
+    async def tokenize(self, prompt: str, turns: tuple[Turn, ...], tools: tuple[Tool, ...]) -> Tokens:
+        """A text, or a chat as its template renders it, however long. Raises InvalidInput."""
+        if turns and self._template is None:
+            raise Unsupported("messages", f"{self.key.model} has no chat template; send text instead")
+        text = self._template.render(turns, tools) if turns and self._template else prompt
+        encoding = await unblocked(
+            len(text), lambda: self._tokenizer.encode(text, add_special_tokens=not turns)
+        )
+        return Tokens(encoding.ids, encoding.tokens, self._spec.context_tokens)
 
     async def _encode(self, job: GenerateJob) -> list[int]:
         field, ids = await self._prompt(job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 # What a byte-level decoder shows for bytes that are no character, or not yet a whole one. Bytes that a
@@ -18,6 +19,15 @@ MAX_WINDOW = 64
 SHORT_CHARACTERS = 4096
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A text as its model splits it. `max_tokens`: what the model reads at most."""
+
+    ids: Sequence[int]
+    tokens: Sequence[str]
+    max_tokens: int
 
 
 async def unblocked(characters: int, work: Callable[[], T]) -> T:

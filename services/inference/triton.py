@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from services.core.discovery import VersionKey
-from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
+from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError, QueueFull
 from services.core.lifecycle import CHANNEL_OPTIONS
 from services.inference.watchdog import Pulse
 
@@ -23,6 +23,8 @@ _DATATYPES = {"int32": "INT32", "int64": "INT64", "float32": "FP32"}
 _DTYPES = {name: dtype for dtype, name in _DATATYPES.items()}
 LOAD_TIMEOUT_S = 600.0
 UNHEALTHY = "is not healthy"  # what Triton says of a model's process that died or does not react
+REFUSED_FULL = "Exceeds maximum queue size"
+REFUSED_LATE = "Request timeout expired"
 
 
 class LoadFailed(Exception):
@@ -81,16 +83,23 @@ class Triton:
         self,
         key: VersionKey,
         inputs: Mapping[str, npt.NDArray[Any]],
-        output: str,
         traceparent: str = "",
         timeout: float | None = None,
-    ) -> npt.NDArray[Any]:
-        """One output tensor of one request. Raises BackendUnavailable, DeadlinePassed or LingquError."""
+        priority: int = 0,
+    ) -> dict[str, npt.NDArray[Any]]:
+        """The output tensors of one request, by name. `timeout` also bounds its time in Triton's queue;
+        `priority` is a level of that queue, 1 first, 0 the model's default. Raises QueueFull, DeadlinePassed,
+        BackendUnavailable or LingquError."""
         request = pb.ModelInferRequest(model_name=key.model, model_version=str(key.version))
         for name, array in inputs.items():
             tensor = request.inputs.add(name=name, datatype=_DATATYPES[array.dtype.name])
             tensor.shape.extend(array.shape)
             request.raw_input_contents.append(np.ascontiguousarray(array).tobytes())
+        if timeout is not None:
+            # Zero would mean none.
+            request.parameters["timeout"].int64_param = max(1, int(timeout * 1e6))
+        if priority:
+            request.parameters["priority"].uint64_param = priority
         metadata = (("traceparent", traceparent),) if traceparent else ()
         pulse = self.pulse(key)
         try:
@@ -100,12 +109,13 @@ class Triton:
         except grpc.aio.AioRpcError as err:
             if UNHEALTHY in (err.details() or ""):
                 pulse.complain()
+            elif any(words in (err.details() or "") for words in (REFUSED_FULL, REFUSED_LATE)):
+                pulse.heard()
             raise _translated(key, err) from err
-        for index, tensor in enumerate(answer.outputs):
-            if tensor.name == output:
-                raw = answer.raw_output_contents[index]
-                return np.frombuffer(raw, _DTYPES[tensor.datatype]).reshape(tuple(tensor.shape))
-        raise LingquError(f'{key} answered without the output "{output}"')
+        return {
+            tensor.name: np.frombuffer(raw, _DTYPES[tensor.datatype]).reshape(tuple(tensor.shape))
+            for tensor, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
+        }
 
     def stream(self, requests: AsyncIterator[Any]) -> Any:
         """A ModelStreamInfer call, to be read until it ends."""
@@ -123,6 +133,11 @@ def command_request(key: VersionKey, request_id: str, session: bytes) -> Any:
 def _translated(key: VersionKey, err: grpc.aio.AioRpcError) -> LingquError:
     if err.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlinePassed(f"{key} did not answer before the deadline")
+    # What Triton's queue refuses looks like a Triton that is away, but for its words.
+    if err.code() == grpc.StatusCode.UNAVAILABLE and REFUSED_FULL in (err.details() or ""):
+        return QueueFull(f"too many requests wait for {key}")
+    if err.code() == grpc.StatusCode.UNAVAILABLE and REFUSED_LATE in (err.details() or ""):
+        return DeadlinePassed(f"the deadline passed while the request waited for {key}")
     if err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
         return BackendUnavailable(f"{key} is not available in Triton at the moment")
     if UNHEALTHY in (err.details() or ""):

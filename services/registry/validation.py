@@ -14,7 +14,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from lingqu.registry.v1 import access_pb2, instances_pb2, models_pb2, rollouts_pb2
 from services.core.errors import InvalidInput
 
-TASKS = ("generate", "embed", "tensor")
+TASKS = ("generate", "embed", "classify", "answer", "tensor")
 RUNTIMES = ("openvino-genai", "onnxruntime", "python")
 MAX_LABELS = 32
 MAX_MODELS = 1024

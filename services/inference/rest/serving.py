@@ -6,9 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-from services.core.errors import InvalidInput, Unsupported, WrongTask
+from services.core.errors import InvalidInput, WrongTask
 from services.inference.admission import Admission
 from services.inference.callers import Caller
 from services.inference.routing import Routing
@@ -72,23 +70,15 @@ def admitted(admission: Admission) -> Embed:
 
     async def embed(model: VectorModel, job: EmbedJob, caller: Caller) -> Vectors:
         async with admission.request(model.key, caller) as asked:
-            vectors = await direct_embed(model, job, caller)
+            if job.token_ids:
+                vectors = await model.embed_tokens(
+                    job.token_ids, caller.remaining, dimensions=job.dimensions, priority=caller.priority
+                )
+            else:
+                vectors = await model.embed(
+                    job.texts, caller.remaining, dimensions=job.dimensions, priority=caller.priority
+                )
             asked.prompt_tokens = vectors.tokens
         return vectors
 
     return embed
-
-
-async def direct_embed(model: VectorModel, job: EmbedJob, caller: Caller) -> Vectors:
-    if job.token_ids:
-        vectors = await model.embed_tokens(job.token_ids, caller.remaining)
-    else:
-        vectors = await model.embed(job.texts, caller.remaining)
-    width = vectors.values.shape[1]
-    if job.dimensions is None or job.dimensions == width:
-        return vectors
-    if job.dimensions > width:
-        raise Unsupported("dimensions", f"{job.dimensions}, but the model's vectors have {width}")
-    cut = vectors.values[:, : job.dimensions]
-    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
-    return Vectors((cut / np.maximum(lengths, 1e-12)).astype(np.float32), vectors.tokens)
