@@ -90,7 +90,8 @@ class Client:
         self, model: str, prompt: str = "", messages: Messages = (), **sampling: Any
     ) -> pb.GenerateResponse:
         """The whole answer. `messages` are (role, content) pairs; `sampling` the fields of GenerateRequest:
-        max_tokens, temperature, top_p, top_k, seed, stop. Raises LingquError."""
+        max_tokens, temperature, top_p, top_k, min_p, seed, stop, penalties, n, logprobs, response_format,
+        tools, priority, no_cache. Raises LingquError."""
         request = _request(model, prompt, messages, sampling)
         return await self._retried(
             lambda left: self._stub.Generate(request, timeout=left, metadata=self._metadata)
@@ -141,6 +142,14 @@ class Client:
         request = pb.AnswerRequest(model=model, question=question, context=context, **options)
         return await self._retried(
             lambda left: self._stub.Answer(request, timeout=left, metadata=self._metadata)
+        )
+
+    async def score(self, model: str, inputs: Sequence[str], **options: Any) -> pb.ScoreResponse:
+        """How likely a text model finds each text. `options` are fields of ScoreRequest: prefix, tokens,
+        priority. Raises LingquError."""
+        request = pb.ScoreRequest(model=model, inputs=inputs, **options)
+        return await self._retried(
+            lambda left: self._stub.Score(request, timeout=left, metadata=self._metadata)
         )
 
     async def tokenize(

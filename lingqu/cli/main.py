@@ -53,6 +53,7 @@ app.command()(text.chat)
 app.command()(text.embed)
 app.command()(tasks.classify)
 app.command()(tasks.answer)
+app.command()(tasks.score)
 app.command()(tasks.tokenize)
 app.command()(suite.instances)
 for command in (

@@ -1,4 +1,4 @@
-"""`lingqu classify`, `answer` and `tokenize`."""
+"""`lingqu classify`, `answer`, `score` and `tokenize`."""
 
 from __future__ import annotations
 
@@ -71,6 +71,28 @@ def answer(
         return
     rows = [(span.text, f"{span.score:.3f}", f"{span.start}–{span.end}") for span in found.answers]
     table(("answer", "score", "characters"), rows, "the text does not tell")
+
+
+def score(
+    context: typer.Context,
+    model: Name,
+    texts: Annotated[list[str], typer.Argument(help="Texts whose likelihood is wanted.")],
+    prefix: Annotated[str, typer.Option(help="What comes before each text and is not scored itself.")] = "",
+    output: Output = Format.table,
+) -> None:
+    """How likely a text model finds texts: log-likelihood and perplexity.
+
+    Example: lingqu score smollm2-135m-instruct --prefix "The capital of France is" " Paris." " Rome."
+    """
+    found = _called(context.obj, lambda client: client.score(model, texts, prefix=prefix))
+    if output == Format.json:
+        as_json(found)
+        return
+    rows = [
+        (text[:60], f"{one.log_likelihood:.3f}", f"{one.perplexity:.2f}", str(one.scored_tokens))
+        for text, one in zip(texts, found.scores, strict=True)
+    ]
+    table(("text", "log-likelihood", "perplexity", "tokens"), rows, "no texts")
 
 
 def tokenize(

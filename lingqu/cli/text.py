@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from contextlib import aclosing
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,10 +37,18 @@ def generate(
     top_p: TopP = None,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given often.")] = None,
+    schema: Annotated[
+        str | None, typer.Option(help="JSON Schema the text has to keep to; @FILE reads it from a file.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression the text has to match.")] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The text is one of these; may be given often.")
+    ] = None,
 ) -> None:
     """Generate text, shown as it comes.
 
     Example: lingqu generate "Name three rivers." --max-tokens 40
+    Example: lingqu generate "Is water wet?" --choice yes --choice no
     """
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -47,6 +56,7 @@ def generate(
         fail("--system needs the chat template: leave out --raw")
     turns = [("system", system)] if system else []
     sampling = _sampling(max_tokens, temperature, top_p, seed, stop or [])
+    sampling |= _form(schema, regex, choice or [])
     what = {"prompt": prompt} if raw else {"messages": [*turns, ("user", prompt)]}
     run(_print_stream(context.obj, model, {**what, **sampling}))
 
@@ -127,6 +137,23 @@ def _sampling(
 ) -> dict[str, Any]:
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
     return {name: value for name, value in given.items() if value not in (None, [])}
+
+
+def _form(schema: str | None, regex: str | None, choice: list[str]) -> dict[str, Any]:
+    if sum(map(bool, (schema, regex, choice))) > 1:
+        fail("only one of --schema, --regex and --choice can be given")
+    if schema and schema.startswith("@"):
+        try:
+            schema = Path(schema[1:]).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"--schema: {error}")
+    if schema:
+        return {"response_format": pb.ResponseFormat(json_schema=schema)}
+    if regex:
+        return {"response_format": pb.ResponseFormat(regex=regex)}
+    if choice:
+        return {"response_format": pb.ResponseFormat(choice=pb.Choice(options=choice))}
+    return {}
 
 
 def _cosine(a: list[float], b: list[float]) -> float:
