@@ -92,7 +92,7 @@ def texts(count: int) -> list[str]:
         "😀",
         "rained",
     ]
-    return [" ".join(drawn.choices(words, k=drawn.randint(1, 40))) for _ in range(count)]
+    return [" ".join(drawn.choices(words, k=drawn.randint(1, 12))) for _ in range(count)]
 
 
 async def test_labels_are_the_checkpoints(client: lingqu.Client, sentiment: Path) -> None:

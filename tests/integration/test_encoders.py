@@ -28,6 +28,7 @@ from services.inference.repository import MAX_QUEUE, Repository
 from services.inference.triton import Triton
 from services.inference.vectors import VectorModel
 from tests.conftest import free_offset, show_logs
+from tests.waiting import until
 
 LONG = "word " * 300
 
@@ -78,6 +79,19 @@ async def served(
         show_logs(layout)
 
 
+async def emptied(model: VectorModel) -> None:
+    """What was given up holds its place in Triton's queue until the batch that runs is over."""
+
+    async def answered() -> bool:
+        try:
+            await model.embed(["the last one"])
+        except QueueFull:
+            return False
+        return True
+
+    await until(answered, "the queue is empty", 30)
+
+
 async def test_the_same_text_is_computed_once(served: Served) -> None:
     model = served.model()
     first = await model.embed(["a canal", "a river", "a canal"])
@@ -101,7 +115,7 @@ async def test_another_version_does_not_answer_from_it(served: Served) -> None:
 async def test_texts_of_different_lengths_share_runs_and_little_is_padded(served: Served) -> None:
     before = served.counted()
     model = served.model(cache_bytes=0)
-    texts = [f"{'word ' * (n * 7 % 60)}{n}" for n in range(300)]
+    texts = [f"{'word ' * (n * 7 % 60)}{n}" for n in range(200)]
     answers = await asyncio.gather(*(model.embed([text]) for text in texts))
     counted = served.counted() - before
     assert counted["rows"] == len(texts)
@@ -143,7 +157,7 @@ async def test_a_text_too_long_is_named_with_its_length(served: Served) -> None:
 async def test_tritons_queue_is_bounded_and_goes_by_priority(served: Served) -> None:
     """What does not fit is refused at once; the urgent overtakes what waits."""
     model = served.model(cache_bytes=0)
-    row = Row(list(range(1000, 1256)))
+    row = Row(list(range(1000, 1064)))
     order: list[str] = []
 
     async def one(name: str, priority: Priority) -> str:
@@ -166,14 +180,16 @@ async def test_tritons_queue_is_bounded_and_goes_by_priority(served: Served) -> 
         task.cancel()
     await asyncio.gather(*normal, return_exceptions=True)
     assert done
+    await emptied(model)
 
 
 async def test_a_deadline_bounds_the_queue_too_and_nothing_is_computed_for_it(served: Served) -> None:
     model = served.model(cache_bytes=0)
-    row = Row(list(range(1000, 1256)))
+    row = Row(list(range(1000, 1064)))
     before = served.counted()["rows"]
-    busy = [asyncio.create_task(model.compute([row], Budget.of(60, Priority.NORMAL))) for _ in range(40)]
-    await asyncio.sleep(0.05)
+    # Several full batches, which come first.
+    busy = [asyncio.create_task(model.compute([row], Budget.of(60, Priority.NORMAL))) for _ in range(256)]
+    await asyncio.wait(busy, timeout=30, return_when=asyncio.FIRST_COMPLETED)
     begun = time.monotonic()
     late = [model.compute([row], Budget.of(0.05, Priority.NORMAL)) for _ in range(20)]
     answers = await asyncio.gather(*late, return_exceptions=True)
@@ -202,7 +218,7 @@ async def test_a_call_that_is_given_up_leaves_the_queue(served: Served) -> None:
 async def test_thousands_of_texts_leave_room_for_others(served: Served) -> None:
     """A call has two requests in Triton at once, so that a short one waits for no more than these."""
     model = served.model(cache_bytes=0)
-    texts = [f"text {n} {'word ' * (n % 50)}" for n in range(2048)]
+    texts = [f"text {n} {'word ' * (n % 12)}" for n in range(2048)]
     many = asyncio.create_task(model.embed(texts))
     await asyncio.sleep(0.2)
     one = await model.embed(["a short question"])
