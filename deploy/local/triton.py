@@ -83,6 +83,8 @@ def command(files: TritonFiles, layout: Layout) -> tuple[str, ...]:
         f"--backend-config=python,shm-region-prefix-name={_shm_prefix(layout)}",
         "--model-control-mode=explicit",
         "--disable-auto-complete-config",
+        # Ready is who serves; a version that was refused or retired does not make all of it unready.
+        "--strict-readiness=false",
         "--exit-timeout-secs=3",
         # The models get the caller's trace context as a request parameter.
         "--grpc-header-forward-pattern=(?i)traceparent",

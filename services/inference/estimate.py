@@ -11,7 +11,7 @@ from services.inference import sizing, weights
 from services.inference.artifact import Architecture, Manifest
 
 DEFAULT_KV_PRECISION = "u8"  # OpenVINO's CPU plugin, where a model's file says nothing else
-RUN_TOKENS = 4096  # of one run of an encoder: backends/vector.py
+RUN_TOKENS = 4096  # of one run of an encoder: backends/runs.py
 
 
 @dataclass(frozen=True, slots=True)

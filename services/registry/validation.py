@@ -15,7 +15,7 @@ from lingqu.registry.v1 import access_pb2, instances_pb2, models_pb2, rollouts_p
 from services.core.errors import InvalidInput
 
 TASKS = ("generate", "embed", "classify", "answer", "tensor")
-RUNTIMES = ("openvino-genai", "onnxruntime", "python")
+RUNTIMES = ("openvino-genai", "onnxruntime", "openvino", "tensorrt", "tensorrt-llm", "python")
 MAX_LABELS = 32
 MAX_MODELS = 1024
 MAX_URI = 2048

@@ -65,7 +65,9 @@ async def test_candidates_are_what_their_seeds_give(client: lingqu.Client) -> No
     assert [c.text[:12] for c in answer.candidates] == [one.text[:12] for one in alone]
     assert answer.text == answer.candidates[0].text
     assert answer.usage.prompt_tokens == alone[0].usage.prompt_tokens
-    assert answer.usage.completion_tokens == 48
+    # Each was computed to its end; one may say of itself that it is done before the sixteenth token.
+    ended = [c.finish_reason for c in answer.candidates].count(pb.FINISH_REASON_LENGTH)
+    assert 16 * ended + (3 - ended) <= answer.usage.completion_tokens <= 48
     texts = ["", "", ""]
     chunks = [c async for c in client.stream(TEXT_MODEL, PROMPT, n=3, seed=100, **asked)]
     for chunk in chunks:

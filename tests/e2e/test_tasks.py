@@ -334,6 +334,8 @@ async def test_a_version_with_other_labels_than_it_claims_is_refused(
     package = seal(staging, manifest, tmp_path)
     with pytest.raises(lingqu.publishing.PublishFailed, match='label "positive", not "negative"'):
         await tasks.publish("impostor-labels", package.folder)
+    with triton.InferenceServerClient(tasks.public) as client:
+        assert client.is_server_ready(headers={"authorization": f"Bearer {tasks.key}"})
 
 
 async def test_the_commands(tasks: Suite, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class FakeVectors(VectorModel):
         self.key = VersionKey("vectors", 1)
         self.go = asyncio.Event()
 
-    async def embed(self, texts: Sequence[str], timeout: float | None = None) -> Vectors:
+    async def embed(self, texts: Sequence[str], timeout: float | None = None, **_options: Any) -> Vectors:
         await self.go.wait()
         return Vectors(np.ones((len(texts), 2), np.float32), 3 * len(texts))
 

@@ -133,7 +133,8 @@ class Counts:
 
 
 class Handle(Protocol):
-    """A sequence inside the engine: OpenVINO GenAI's GenerationHandle, or another with its manners."""
+    """A sequence inside the engine: OpenVINO GenAI's GenerationHandle, or another with its manners. It is
+    read to its end or cancelled."""
 
     def can_read(self) -> bool: ...
     def read(self) -> dict[int, Any]: ...
@@ -308,6 +309,7 @@ class Engine:
             return
         self._slices.spent(step_s)
         if self._slice.can_read() or self._slice.get_status().name in GONE:
+            self._slice.cancel()
             self._slice = None
             self._slices.computed(now)
 
@@ -336,6 +338,8 @@ class Engine:
             sink = running.sink
             sink.emit(running.job.key, tokens, finish, logprobs if running.job.sampling.logprobs else ())
             touched[id(sink)] = sink
+            if finish == Finish.REFUSED:
+                running.handle.cancel()
             if finish:
                 ended.append(number)
         for number in ended:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +13,131 @@ import openvino_genai as og
 
 from services.inference.artifact import TextSpec
 from services.inference.backends.engine import Grammar, GrammarKind, Handle, Job, Sampling
+from services.inference.backends.partials import Partials
+
+STEP_TOKENS = 256  # of prompts and streams together
+
+_RUNNING, _CANCELLED = og.GenerationStatus.RUNNING, og.GenerationStatus.CANCEL
 
 
 class OpenVinoText:
     """A pipeline on the CPU. `kv_cache_gib` is memory for all sequences together, `max_sequences` how many of
-    them a step computes at most."""
+    them a step computes at most.
 
-    def __init__(self, folder: Path, spec: TextSpec, kv_cache_gib: int, max_sequences: int) -> None:
+    The pipeline is given no more prompts than its next step computes. One that it has begun is computed to
+    its end even if nobody wants it any more: given up half way, it would leave blocks in the prefix cache
+    that count as whole and are not, and the next prompt that begins alike would be answered wrongly (seen
+    in 2026.4.1). For what may not be computed side by side see partials.py."""
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: TextSpec,
+        kv_cache_gib: int,
+        max_sequences: int,
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._eos = set(spec.eos_token_ids)
+        self._log = log
         scheduler = og.SchedulerConfig()
         scheduler.cache_size = kv_cache_gib
         scheduler.max_num_seqs = max_sequences
+        scheduler.max_num_batched_tokens = STEP_TOKENS
         scheduler.enable_prefix_caching = True
         self._pipeline = og.ContinuousBatchingPipeline(str(pipeline_path(folder, spec)), scheduler, "CPU")
+        self._partials = Partials()
+        self._waiting: deque[_Sequence] = deque()
+        self._prompts: list[_Sequence] = []  # that the pipeline is computing
 
     def add(self, number: int, job: Job) -> Handle:
-        ids = openvino.Tensor(np.array([job.input_ids], dtype=np.int64))
-        handle: Any = self._pipeline.add_request(number, ids, generation_config(job.sampling, self._eos))
-        return handle  # type: ignore[no-any-return]
+        sequence = _Sequence(number, job, self._partials, generation_config(job.sampling, self._eos))
+        self._waiting.append(sequence)
+        return sequence
 
     def step(self) -> None:
+        self._begin()
         self._pipeline.step()
+        self._prompts = [sequence for sequence in self._prompts if not sequence.is_computed()]
+
+    def _begin(self) -> None:
+        """Give the pipeline of what waits, in order, as much as a step computes."""
+        room = STEP_TOKENS - sum(len(sequence.job.input_ids) for sequence in self._prompts)
+        later: list[_Sequence] = []
+        while self._waiting and room > 0:
+            sequence = self._waiting.popleft()
+            if sequence.get_status() == _CANCELLED:
+                continue
+            if not self._partials.claim(sequence.number, sequence.job.input_ids):
+                later.append(sequence)
+                continue
+            try:
+                sequence.begin(self._pipeline)
+            except Exception as err:
+                self._log(f"job refused by the engine: {err!r}")
+                continue
+            self._prompts.append(sequence)
+            room -= len(sequence.job.input_ids)
+        self._waiting.extendleft(reversed(later))
+
+
+class _Sequence:
+    """The engine's Handle of a sequence, from when it waits for its turn."""
+
+    def __init__(self, number: int, job: Job, partials: Partials, config: og.GenerationConfig) -> None:
+        self.job = job
+        self.number = number
+        self._partials = partials
+        self._config = config
+        self._handle: Any = None  # the pipeline's, as soon as it has one
+        self._status: og.GenerationStatus | None = _RUNNING  # None: what the pipeline says
+        self._is_computed = False
+
+    def begin(self, pipeline: og.ContinuousBatchingPipeline) -> None:
+        """Raises what the pipeline does of a job that it refuses."""
+        ids = openvino.Tensor(np.array([self.job.input_ids], dtype=np.int64))
+        self._status = og.GenerationStatus.IGNORED
+        try:
+            self._handle = pipeline.add_request(self.number, ids, self._config)
+        except Exception:
+            self._partials.ended(self.number)
+            raise
+        self._status = None
+
+    def is_computed(self) -> bool:
+        """Whether the prompt is, or never will be; asked after each step until then."""
+        running = self._handle.get_status() == _RUNNING
+        self._is_computed = bool(self._handle.can_read()) or not running
+        if self._is_computed and self._status == _CANCELLED:
+            self._leave()
+        return self._is_computed
+
+    def can_read(self) -> bool:
+        return self._handle is not None and bool(self._handle.can_read())
+
+    def read(self) -> dict[int, Any]:
+        outputs: dict[int, Any] = self._handle.read()
+        for output in outputs.values():
+            self._partials.grew(self.number, output.generated_ids)
+            if output.finish_reason != og.GenerationFinishReason.NONE:
+                self._partials.ended(self.number)
+        return outputs
+
+    def get_status(self) -> Any:
+        return self._handle.get_status() if self._status is None else self._status
+
+    def cancel(self) -> None:
+        """Nobody wants more; asked of ended ones, too."""
+        self._status = _CANCELLED
+        if self._handle is None:
+            self._partials.ended(self.number)
+        elif self._is_computed:
+            self._leave()
+
+    def _leave(self) -> None:
+        while self.can_read():
+            self.read()
+        self._handle.cancel()
+        self._partials.ended(self.number)
 
 
 def pipeline_path(folder: Path, spec: TextSpec) -> Path:

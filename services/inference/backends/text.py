@@ -49,9 +49,8 @@ class TritonPythonModel:
         self._spans = EngineSpans(parameters.get("otlp_endpoint", ""), config["name"])
         cache, most = int(parameters["kv_cache_gib"]), int(parameters["max_sequences"])
         self._outbox = Outbox()
-        self._engine = Engine(
-            lambda: OpenVinoText(folder, spec, cache, most), pb_utils.Logger.log_error, self._outbox.flush
-        )
+        log = pb_utils.Logger.log_error
+        self._engine = Engine(lambda: OpenVinoText(folder, spec, cache, most, log), log, self._outbox.flush)
         self._sessions: dict[str, SessionSink] = {}
         self._folder = folder
         self._scorer: Scorer | None = None  # with the first text to score
