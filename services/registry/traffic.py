@@ -56,15 +56,20 @@ def aside(model: pb.Model, after: pb.Traffic) -> pb.Model:
 
 
 def back(model: pb.Model, history: History) -> pb.Model:
-    """The traffic before the release in effect. Names that people gave stay as they are.
+    """The traffic before the release in effect. Names that people gave stay as they are. What has been taken
+    off line since comes back neither by a name nor as a shadow: stable is then the main version.
 
     Raises NothingToRollBack where there is none, or history does not reach that far."""
     if not model.previous_release and not model.previous_traffic.weights:
         raise NothingToRollBack(f'"{model.name}" has had no other traffic that could be gone back to')
     goal = model.previous_traffic
-    moved = {name: v for name, v in goal.aliases.items() if name in (STABLE, CANARY)}
+    offline = {v.version for v in model.versions if v.stage in (pb.STAGE_RETIRED, pb.STAGE_REJECTED)}
+    moved = {name: v for name, v in goal.aliases.items() if name in (STABLE, CANARY) and v not in offline}
+    if goal.aliases.get(STABLE) in offline and (main := main_version(goal)):
+        moved[STABLE] = main
     kept = {name: v for name, v in model.traffic.aliases.items() if name not in (STABLE, CANARY)}
-    after = _traffic(shares(goal), goal.shadow_version, {**kept, **moved})
+    shadow = goal.shadow_version if goal.shadow_version not in offline else 0
+    after = _traffic(shares(goal), shadow, {**kept, **moved})
     made = history(model.previous_release) or pb.Release()
     return _state(model, after, model.previous_release, made.previous_traffic, made.previous_release)
 

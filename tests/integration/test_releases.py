@@ -86,6 +86,20 @@ async def test_weights_shadow_and_offline(api: Api) -> None:
     assert weights(await api.rollback()) == {1: 90, 2: 10}
 
 
+async def test_a_rollback_brings_nothing_back_that_was_retired_since(api: Api) -> None:
+    await two_ready(api)
+    await api.create()
+    await api.host(1, 2, 3)
+    await api.split({1: 100}, shadow_version=3)
+    await api.models.SetAlias(models_pb2.SetAliasRequest(model="m", alias="stable", version=3), timeout=5)
+    await api.promote(2)
+    await api.models.RetireModelVersion(models_pb2.RetireModelVersionRequest(model="m", version=3), timeout=5)
+    back = await api.rollback()
+    assert weights(back) == {1: 100}
+    assert (dict(back.traffic.aliases), back.traffic.shadow_version) == ({"stable": 1}, 0)
+    assert back.versions[2].stage == STAGE_RETIRED
+
+
 @pytest.mark.parametrize(
     ("shares", "fields", "field"),
     [
