@@ -15,6 +15,8 @@ import sys
 import time
 from typing import Any
 
+import uvloop
+
 from bench.http2 import GrpcConnection
 
 
@@ -68,4 +70,4 @@ async def measure(asked: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        print(json.dumps(asyncio.run(measure(json.loads(line)))), flush=True)
+        print(json.dumps(uvloop.run(measure(json.loads(line)))), flush=True)

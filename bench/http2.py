@@ -11,6 +11,7 @@ import struct
 import time
 from abc import abstractmethod
 from collections import defaultdict
+from typing import cast
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
@@ -59,8 +60,7 @@ class GrpcConnection(asyncio.Protocol):
         """A call, or with stream 0 the connection. `well`: with trailers, whatever they say."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclasses of it
         settings = struct.pack(">HI", 4, WINDOW)  # SETTINGS_INITIAL_WINDOW_SIZE
         out = PREFACE + frame(SETTINGS, 0, 0, settings)
         transport.write(out + frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535)))

@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvloop
+
 from bench.http2 import GrpcConnection
 from lingqu.inference.v1 import inference_pb2 as pb
 
@@ -63,7 +65,8 @@ class Generations(GrpcConnection):
             self.done.set_result(None)
 
 
-async def grpc_streams(asked: dict[str, Any]) -> list[Stream]:
+async def grpc_streams(asked: dict[str, Any]) -> tuple[float, list[Stream]]:
+    """When the calls began, and what came of them."""
     host, _, port = asked["address"].rpartition(":")
     loop = asyncio.get_running_loop()
     requests = [
@@ -81,12 +84,13 @@ async def grpc_streams(asked: dict[str, Any]) -> list[Stream]:
         _, connection = await loop.create_connection(make, host, int(port))
         connections.append(connection)
     await asyncio.sleep(0.05)  # settings of both sides have come
+    begun = time.monotonic()
     for connection, group in zip(connections, groups, strict=True):
         connection.begin(group)
     await asyncio.gather(*(connection.done for connection in connections))
     for connection in connections:
         connection.close()
-    return [stream for connection in connections for stream in connection.streams.values()]
+    return begun, [stream for connection in connections for stream in connection.streams.values()]
 
 
 async def sse_stream(asked: dict[str, Any], prompt: str) -> Stream:
@@ -127,8 +131,7 @@ async def sse_stream(asked: dict[str, Any], prompt: str) -> Stream:
 async def measure(asked: dict[str, Any]) -> dict[str, Any]:
     begun = time.monotonic()
     if asked["protocol"] == "grpc":
-        streams = await grpc_streams(asked)
-        begun += 0.05
+        begun, streams = await grpc_streams(asked)
     else:
         streams = list(await asyncio.gather(*(sse_stream(asked, prompt) for prompt in asked["prompts"])))
     last = max(stream.times[-1] for stream in streams)
@@ -142,4 +145,4 @@ async def measure(asked: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        print(json.dumps(asyncio.run(measure(json.loads(line)))), flush=True)
+        print(json.dumps(uvloop.run(measure(json.loads(line)))), flush=True)

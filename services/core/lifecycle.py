@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import grpc
+import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -57,11 +59,13 @@ def run(name: str, log_level: str, running: AbstractAsyncContextManager[object])
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
         async with running:
+            gc.collect()
+            gc.freeze()  # what lives from now on to the end is not looked at again and again
             logging.getLogger(name).info("ready")
             await stop.wait()
             logging.getLogger(name).info("stopping")
 
-    asyncio.run(body())
+    uvloop.run(body())
 
 
 @asynccontextmanager

@@ -24,7 +24,9 @@ MAX_TEMPERATURE = 2.0
 MAX_REPETITION_PENALTY = 2.0
 MAX_PENALTY = 2.0
 IDLE_POLL_S = 0.2  # how soon a sink that gave up is noticed while nothing is computed
-GATHER_S, GATHER_MOST_S = 0.002, 0.012  # for company, where most of a step would be new: each, in all
+GATHER_S, GATHER_MOST_S = 0.003, 0.025  # for company, where most of a step would be new: each, in all
+GATHER_TOKENS = 256  # of prompts; more are not computed in one step
+LONG_STEP_S = 0.1  # after which what a step kept out is waited for in any case
 ALIVE_S = 2.0  # how often sinks hear that the engine works, even if it has no token for them
 REOPEN_S = (1.0, 30.0)  # between attempts to open a runtime again: at first, at most
 
@@ -185,6 +187,7 @@ class Engine:
         self._slice: Handle | None = None  # the one that is being computed
         self._next_id = 1
         self._alive_at = time.monotonic()
+        self._step_s = 0.0  # how long the last one took
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -229,8 +232,9 @@ class Engine:
         except Exception as err:
             raise RuntimeBroken from err
         now = time.monotonic()
+        self._step_s = now - begun
         self._publish()
-        self._end_slice(now, now - begun)
+        self._end_slice(now, self._step_s)
         if now - self._alive_at >= ALIVE_S:
             self._alive_at = now
             for sink in self._sinks():
@@ -240,13 +244,18 @@ class Engine:
     def _take_commands(self) -> None:
         """All that wait; blocks a little while there is nothing to compute. What would be computed anew waits
         for others that come at the same moment: a step that has begun keeps them out until it ends."""
-        before, gathered_until = len(self._running), time.monotonic() + GATHER_MOST_S
-        wait = 0.0 if self._running else IDLE_POLL_S
+        before, tokens, gathered_until = len(self._running), 0, 0.0
+        after_long = self._step_s >= LONG_STEP_S
+        wait = (GATHER_S if after_long else 0.0) if self._running else IDLE_POLL_S
         try:
             while True:
-                self._obey(*self._commands.get(block=wait > 0, timeout=wait))
-                new = len(self._running) - before
-                wait = min(GATHER_S, gathered_until - time.monotonic()) if new > before else 0.0
+                verb, argument = self._commands.get(block=wait > 0, timeout=wait)
+                self._obey(verb, argument)
+                tokens += len(argument[0].input_ids) if verb == "submit" else 0
+                gathered_until = gathered_until or time.monotonic() + GATHER_MOST_S
+                is_mostly_new = after_long or len(self._running) > 2 * before
+                is_worth = is_mostly_new and tokens < GATHER_TOKENS
+                wait = min(GATHER_S, gathered_until - time.monotonic()) if is_worth else 0.0
         except queue.Empty:
             return
 
