@@ -10,12 +10,14 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -64,8 +66,12 @@ async def measure(suite: Suite) -> list[Target]:
                 Server("Lingqu, INT4", suite.public, INT4, suite.key),
             ]
             for name, argv, model in _commands(Path(folder)):
-                servers.append(await stack.enter_async_context(_Started(name, argv, model)))
-                servers[-1].signal(signal.SIGSTOP)
+                try:
+                    servers.append(await stack.enter_async_context(_Started(name, argv, model)))
+                except ChildProcessError as err:
+                    print(f"\npeers: {err}")
+                else:
+                    servers[-1].signal(signal.SIGSTOP)
             client = Peer("bench.stream_client")
             stack.callback(client.close)
             return _report(await _measured(servers, client))
@@ -115,8 +121,6 @@ def _commands(folder: Path) -> list[tuple[str, list[str], str]]:
     if shutil.which("llama-server"):
         gguf = folder / "q4_0.gguf"
         if quantize := shutil.which("llama-quantize"):
-            import subprocess
-
             argv = [quantize, "--allow-requantize", str(shipped_gguf()), str(gguf), "q4_0"]
             subprocess.run(argv, check=True, capture_output=True)
         else:
@@ -134,11 +138,19 @@ def _commands(folder: Path) -> list[tuple[str, list[str], str]]:
 
 def _checkpoint(folder: Path) -> None:
     """The bundled model as transformers writes it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     source = {"gguf_file": shipped_gguf().name, "local_files_only": True}
-    AutoModelForCausalLM.from_pretrained(shipped_gguf().parent, **source).save_pretrained(folder)
+    quantised = AutoModelForCausalLM.from_pretrained(shipped_gguf().parent, **source)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**_plain(quantised.config.to_dict())))
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(shipped_gguf().parent, **source).save_pretrained(folder)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers does not write what it has read from a GGUF file while this says where it came from."""
+    return {name: value for name, value in config.items() if name != "quantization_config"}
 
 
 class _Started:
@@ -152,6 +164,7 @@ class _Started:
 
     async def __aenter__(self) -> Server:
         env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+        env["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{(os.cpu_count() or 1) - 1}"  # all cores, as the others have
         self._log = tempfile.NamedTemporaryFile(suffix=".log", delete=False)  # noqa: SIM115 - closed below
         self._process = await asyncio.create_subprocess_exec(
             *self._argv, stdout=self._log, stderr=self._log, start_new_session=True, env=env

@@ -76,7 +76,7 @@ async def measure(suite: Suite) -> list[Target]:
             reference.close()
     print(f"\nvectors: {VECTOR_MODEL}, {CALLERS} callers, a text of 4 to 24 words a call")
     print(row("public port", ours, "texts/s"))
-    print(row("the same text again (Triton's response cache)", hits, "ms"))
+    print(row("the same text again, from the cache", hits, "ms"))
     targets = [
         Target("a vector from the cache, p50", statistics.median(hits), 1.5, at_least=False, unit="ms")
     ]
