@@ -23,6 +23,10 @@ def static(made: Snapshot) -> dict[str, Any]:
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     del manager["rds"]
     manager["route_config"] = as_dict(made, xds.ROUTES)["public"]
+    extensions = as_dict(made, xds.EXTENSIONS)
+    for found in manager["http_filters"]:
+        if found.pop("config_discovery", None):
+            found["typed_config"] = extensions[found["name"]]["typed_config"]
     clusters = []
     for cluster in as_dict(made, xds.CLUSTER).values():
         if cluster["type"] == "EDS":

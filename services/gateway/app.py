@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 from envoy.service.discovery.v3 import ads_pb2_grpc
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2
 from tritonclient.grpc import service_pb2 as _oip  # noqa: F401 - reflection shows it
 
 from lingqu.gateway.v1.gateway_pb2_grpc import add_GatewayServiceServicer_to_server
+from services.core.access import Record, access, watched_access
 from services.core.discovery import Model, Registry, Replica, Watched
 from services.core.files import write_secret, write_whole
 from services.core.interceptors import server_stack
@@ -56,23 +58,29 @@ class ControlPlane:
         self._changed = asyncio.Event()
         self._replicas: Watched[Replica] = registry.watched_replicas("inference", self._changed)
         self._models: Watched[Model] = registry.watched_models(self._changed)
+        self._access: Watched[Record] = watched_access(registry, self._changed)
         self.snapshots = Snapshots()
         self._view = View((), ())
 
     def state(self) -> tuple[str, View, bool]:
         current = self.snapshots.current
-        connected = self._replicas.connected and self._models.connected
+        connected = all(watched.connected for watched in self._watches)
         return current.version if current else "", self._view, connected
 
     def watches(self) -> AbstractAsyncContextManager[None]:
-        return background(self._replicas.run(), self._models.run(), self._follow())
+        return background(*(watched.run() for watched in self._watches), self._follow())
+
+    @property
+    def _watches(self) -> tuple[Watched[Any], ...]:
+        return self._replicas, self._models, self._access
 
     async def _follow(self) -> None:
         # Until the registry has told all, Envoy keeps what it has: an unknown suite is not an empty one.
-        await asyncio.gather(self._replicas.synced.wait(), self._models.synced.wait())
+        await asyncio.gather(*(watched.synced.wait() for watched in self._watches))
         while True:
             self._changed.clear()
-            now = view(self._replicas.items.values(), self._models.items.values())
+            who = access(self._access.items.values())
+            now = view(self._replicas.items.values(), self._models.items.values(), who)
             made = snapshot(now, self._entry)
             if self.snapshots.current is None or made.version != self.snapshots.current.version:
                 await self.snapshots.publish(made)

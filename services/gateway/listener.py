@@ -1,38 +1,29 @@
-"""The public port: the filters every request passes, in their order."""
+"""The public port: its connections, and what it answers by itself; what a request passes is in `filters`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from services.core.errors import (
     BackendUnavailable,
     MessageTooLarge,
-    ModelNotFound,
     NotFound,
     PermissionDenied,
     Unauthenticated,
-    to_rpc_status,
 )
-from services.core.identity import AUDIENCE, ISSUER
 from services.core.rest import MAX_BODY_BYTES
-from services.gateway import replies
+from services.gateway import filters, replies
 from services.gateway.clusters import ADS, TRACES, socket_address
-from services.gateway.descriptors import descriptor_set, extractions
 from services.gateway.routes import (
     CLIENT_HEADER,
     MODEL_HEADER,
-    OPEN_PREFIXES,
     ROUTES,
     VERSION_HEADER,
 )
 
 LISTENER = "public"
-REST_METADATA = "lingqu.rest"  # routing.lua reads it
-HTTP = "envoy.extensions.filters.http"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +52,7 @@ def listener(entry: Entry) -> dict[str, Any]:
         "normalize_path": True,
         "rds": {"config_source": ADS, "route_config_name": ROUTES},
         "early_header_mutation_extensions": [_strip_own_headers()],
-        "http_filters": [
-            _filter("jwt_authn", "v3.JwtAuthentication", _authentication(entry.jwks)),
-            _filter(
-                "grpc_field_extraction",
-                "v3.GrpcFieldExtractionConfig",
-                {
-                    "descriptor_set": {"inline_bytes": descriptor_set()},
-                    "extractions_by_method": extractions(),
-                },
-            ),
-            {**_filter("json_to_metadata", "v3.JsonToMetadata", _READ_MODEL), "disabled": True},
-            _filter("lua", "v3.Lua", {"default_source_code": {"inline_string": _lua()}}),
-            _filter("router", "v3.Router", {"suppress_envoy_headers": True}),
-        ],
+        "http_filters": filters.stack(),
         "local_reply_config": {"mappers": _mappers()},
     }
     if entry.traces:
@@ -95,43 +73,6 @@ def listener(entry: Entry) -> dict[str, Any]:
         "enable_reuse_port": False,
         "filter_chains": [chain],
     }
-
-
-# On only where routes.py says so, so that what is no REST request pays nothing. Whatever a client calls its
-# JSON is read: curl says that it is a form.
-_READ_MODEL = {
-    "request_rules": {
-        "rules": [
-            {
-                "selectors": [{"key": "model"}],
-                "on_present": {"metadata_namespace": REST_METADATA, "key": "model"},
-            }
-        ],
-        "allow_content_types_regex": {"regex": ".*"},
-        "allow_empty_content_type": True,
-    }
-}
-
-
-def _authentication(jwks: Mapping[str, object]) -> dict[str, Any]:
-    provider = {
-        "issuer": ISSUER,
-        "audiences": [AUDIENCE],
-        "local_jwks": {"inline_string": json.dumps(jwks, sort_keys=True)},
-        "jwt_cache_config": {"jwt_cache_size": 1000},
-        "require_expiration": True,
-        "clock_skew_seconds": 1,
-        # Nowhere else, above all not in a URL, which ends up in logs.
-        "from_headers": [
-            {"name": "authorization", "value_prefix": f"{scheme} "} for scheme in ("Bearer", "bearer")
-        ],
-        # Who asks: inference is fair between clients by it.
-        "claim_to_headers": [{"header_name": CLIENT_HEADER, "claim_name": "sub"}],
-        "forward": True,  # the control plane checks scopes; routes to backends remove it
-    }
-    open_rules = [{"match": {"prefix": prefix}} for prefix in OPEN_PREFIXES]
-    closed_rule = {"match": {"prefix": "/"}, "requires": {"provider_name": ISSUER}}
-    return {"providers": {ISSUER: provider}, "rules": [*open_rules, closed_rule]}
 
 
 def _mappers() -> list[dict[str, Any]]:
@@ -197,19 +138,3 @@ def _strip_own_headers() -> dict[str, Any]:
             "mutations": [{"remove": name} for name in (CLIENT_HEADER, MODEL_HEADER, VERSION_HEADER)],
         },
     }
-
-
-def _filter(name: str, message: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "name": f"envoy.filters.http.{name}",
-        "typed_config": {"@type": f"type.googleapis.com/{HTTP}.{name}.{message}", **config},
-    }
-
-
-def _lua() -> str:
-    source = resources.files("services.gateway").joinpath("routing.lua").read_text()
-    status = to_rpc_status(ModelNotFound(""))
-    status.ClearField("code")
-    status.ClearField("message")
-    escaped = "".join(f"\\x{byte:02x}" for byte in status.SerializeToString())
-    return source.replace("@MODEL_NOT_FOUND_DETAILS@", escaped)

@@ -15,7 +15,7 @@ from typing import Any
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
-from services.gateway import clusters, xds
+from services.gateway import clusters, filters, xds
 from services.gateway.listener import Entry, listener
 from services.gateway.routes import routes
 from services.gateway.view import View
@@ -47,7 +47,9 @@ def snapshot(view: View, entry: Entry) -> Snapshot:
     found = {
         xds.CLUSTER: _named(xds.CLUSTER, "name", made),
         xds.ENDPOINTS: _named(xds.ENDPOINTS, "cluster_name", members),
+        xds.SECRETS: {},
         xds.LISTENER: _named(xds.LISTENER, "name", [listener(entry)]),
+        xds.EXTENSIONS: _named(xds.EXTENSIONS, "name", filters.extensions(view, entry)),
         xds.ROUTES: _named(xds.ROUTES, "name", [routes(view)]),
     }
     versions = {kind: {name: _digest([m]) for name, m in named.items()} for kind, named in found.items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from services.core.access import Access
 from services.core.discovery import READY, Model, Replica
 
 
@@ -25,23 +26,28 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All targets, ordered by model and version, every Triton there is, and every replica's REST API."""
+    """All targets, ordered by model and version, every Triton there is, every replica's REST API, all models
+    by name, and who may call them."""
 
     targets: tuple[Target, ...]
     tritons: tuple[str, ...]
     rest: tuple[str, ...] = ()
+    models: tuple[Model, ...] = ()
+    access: Access = field(default_factory=Access)
 
 
-def view(replicas: Iterable[Replica], models: Iterable[Model]) -> View:
+def view(replicas: Iterable[Replica], models: Iterable[Model], access: Access | None = None) -> View:
     """A model without traffic has no target; one whose replicas are all away has some without endpoints."""
     alive = sorted(replicas, key=lambda r: r.id)
     targets: list[Target] = []
-    for model in sorted(models, key=lambda m: m.name):
+    known_models = tuple(sorted(models, key=lambda m: m.name))
+    for model in known_models:
         found = [_target(model, version, percent, alive) for version, percent in sorted(model.weights)]
         known = [target for target in found if target is not None]
         # A version whose replicas are all away leaves its share to the others.
         targets += [t for t in known if t.text_endpoints or t.tensor_endpoints] or known
-    return View(tuple(targets), _endpoints(alive, "oip"), _endpoints(alive, "http"))
+    oip, http = _endpoints(alive, "oip"), _endpoints(alive, "http")
+    return View(tuple(targets), oip, http, known_models, access or Access())
 
 
 def _endpoints(replicas: Iterable[Replica], protocol: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from envoy.config.cluster.v3 import cluster_pb2
+from envoy.config.core.v3 import extension_pb2
 from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.config.listener.v3 import listener_pb2
 from envoy.config.route.v3 import route_pb2
@@ -22,20 +23,25 @@ from envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
     header_mutation_pb2,  # noqa: F401
 )
 from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2  # noqa: F401
+from envoy.extensions.transport_sockets.tls.v3 import secret_pb2
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2  # noqa: F401
 from envoy.type.matcher.v3 import http_inputs_pb2  # noqa: F401
 
 _PREFIX = "type.googleapis.com/envoy.config"
 CLUSTER = f"{_PREFIX}.cluster.v3.Cluster"
 ENDPOINTS = f"{_PREFIX}.endpoint.v3.ClusterLoadAssignment"
+SECRETS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 LISTENER = f"{_PREFIX}.listener.v3.Listener"
+EXTENSIONS = f"{_PREFIX}.core.v3.TypedExtensionConfig"
 ROUTES = f"{_PREFIX}.route.v3.RouteConfiguration"
 
 # In the order in which additions are safe: nothing names what is not there yet.
-ORDER = (CLUSTER, ENDPOINTS, LISTENER, ROUTES)
+ORDER = (CLUSTER, ENDPOINTS, SECRETS, LISTENER, EXTENSIONS, ROUTES)
 MESSAGES = {
     CLUSTER: cluster_pb2.Cluster,
     ENDPOINTS: endpoint_pb2.ClusterLoadAssignment,
+    SECRETS: secret_pb2.Secret,
     LISTENER: listener_pb2.Listener,
+    EXTENSIONS: extension_pb2.TypedExtensionConfig,
     ROUTES: route_pb2.RouteConfiguration,
 }

@@ -66,6 +66,7 @@ class Envoy:
                     warming.clear()
                 if kind == xds.LISTENER and xds.ROUTES not in [k for k, _, _ in self.log]:
                     self.subscribe(xds.ROUTES, "public")
+                    self.subscribe(xds.EXTENSIONS, *snapshot.resources[xds.EXTENSIONS])
         return taken
 
 

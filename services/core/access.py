@@ -1,0 +1,114 @@
+"""Who may call what, as the registry has it: clients with their models and limits, and keys that are void."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from lingqu.registry.v1 import access_pb2
+from lingqu.registry.v1.access_pb2_grpc import AccessServiceStub
+from services.core.discovery import Registry, Watched
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may be used in any window of that length, and at once; 0: no limit."""
+
+    requests_per_second: int = 0
+    requests_per_minute: int = 0
+    concurrent_requests: int = 0
+    tokens_per_minute: int = 0
+    tokens_per_day: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Somebody with keys. `models` are names in which '*' stands for any text; `model_limits` are (models,
+    limits of each of them by itself), of which the first that fits counts."""
+
+    name: str
+    models: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    model_limits: tuple[tuple[str, Limits], ...] = ()
+    disabled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RevokedKey:
+    """A key that is void before its time; `key_id` is its jti."""
+
+    key_id: str
+    client: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """All clients, ordered by name, and all revoked keys, ordered by id."""
+
+    clients: tuple[Client, ...] = ()
+    revoked: tuple[RevokedKey, ...] = ()
+
+
+Record: TypeAlias = Client | RevokedKey
+
+
+def access(records: Iterable[Record]) -> Access:
+    """Sorts what a watch has brought."""
+    found = list(records)
+    return Access(
+        tuple(sorted((r for r in found if isinstance(r, Client)), key=lambda c: c.name)),
+        tuple(sorted((r for r in found if isinstance(r, RevokedKey)), key=lambda k: k.key_id)),
+    )
+
+
+def watched_access(registry: Registry, changed: asyncio.Event) -> Watched[Record]:
+    """Clients and revoked keys, kept current; to be read with `access(watched.items.values())`."""
+
+    async def watch(revision: int, store_id: str) -> Any:
+        request = access_pb2.WatchAccessRequest(resume_revision=revision, store_id=store_id)
+        async for update in AccessServiceStub(registry.channel).WatchAccess(request):
+            yield _Update(update)
+
+    return Watched(registry, watch, lambda record: record, changed)
+
+
+class _Update:
+    """One answer of WatchAccess, with clients and keys under names of their own."""
+
+    def __init__(self, update: access_pb2.WatchAccessResponse) -> None:
+        self.revision = update.revision
+        self.store_id = update.store_id
+        self.snapshot = update.snapshot
+        self.stale = update.stale
+        self.removed = [f"client {name}" for name in update.removed_clients]
+        self.removed += [f"key {key_id}" for key_id in update.forgotten_keys]
+        self._update = update
+
+    @property
+    def upserted(self) -> Iterator[tuple[str, Record]]:
+        for client in self._update.clients:
+            yield f"client {client.name}", to_client(client)
+        for key in self._update.revoked_keys:
+            yield f"key {key.key_id}", RevokedKey(key.key_id, key.client)
+
+
+def to_client(record: access_pb2.Client) -> Client:
+    return Client(
+        record.name,
+        tuple(record.models),
+        _limits(record.limits),
+        tuple((entry.models, _limits(entry.limits)) for entry in record.model_limits),
+        record.disabled,
+    )
+
+
+def _limits(record: access_pb2.Limits) -> Limits:
+    return Limits(
+        record.requests_per_second,
+        record.requests_per_minute,
+        record.concurrent_requests,
+        record.tokens_per_minute,
+        record.tokens_per_day,
+    )

@@ -1,0 +1,31 @@
+"""The filters that every request passes, one concern a module, and their order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from services.gateway.filters import authentication, model
+from services.gateway.filters.chain import discovered, fixed, typed
+
+if TYPE_CHECKING:
+    from services.gateway.listener import Entry
+    from services.gateway.view import View
+
+
+def stack() -> list[dict[str, Any]]:
+    """Outermost first."""
+    return [
+        discovered(authentication.NAME, authentication.TYPE),
+        model.of_grpc(),
+        model.of_rest(),
+        model.into_header(),
+        fixed("router", typed("router.v3.Router", {"suppress_envoy_headers": True})),
+    ]
+
+
+def extensions(view: View, entry: Entry) -> list[dict[str, Any]]:
+    """The configurations that may change while the listener stays."""
+    made = {
+        authentication.NAME: authentication.authentication(entry.jwks),
+    }
+    return [{"name": name, "typed_config": config} for name, config in made.items()]
