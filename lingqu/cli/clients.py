@@ -33,7 +33,7 @@ def list_(context: typer.Context, output: Output = Format.table) -> None:
         as_json(clients)
         return
     rows = [
-        (c.name, ", ".join(c.models) or "none", _limits(c.limits), "disabled" if c.disabled else "")
+        (c.name, ", ".join(c.models) or "none", described(c.limits), "disabled" if c.disabled else "")
         for c in clients
     ]
     table(("CLIENT", "MODELS", "LIMITS", ""), rows, "no clients; `lingqu clients set` adds one")
@@ -48,8 +48,8 @@ def show(context: typer.Context, name: Client, output: Output = Format.table) ->
         return
     state = "  [red]disabled: none of its keys works[/red]" if client.disabled else ""
     out.print(f"[bold]{escape(client.name)}[/bold]{state}")
-    rows = [("models", ", ".join(client.models) or "none"), ("limits", _limits(client.limits) or "none")]
-    rows += [(f"limits of {m.models}", _limits(m.limits) or "none") for m in client.model_limits]
+    rows = [("models", ", ".join(client.models) or "none"), ("limits", described(client.limits) or "none")]
+    rows += [(f"limits of {m.models}", described(m.limits) or "none") for m in client.model_limits]
     rows += [(f"label {key}", value) for key, value in sorted(client.labels.items())]
     for title, text in rows:
         out.print(f"  {escape(title)}: {escape(text)}")
@@ -95,7 +95,7 @@ def set_(
     if output == Format.json:
         as_json(client)
         return
-    models, limits = ", ".join(client.models) or "no models", _limits(client.limits) or "no limits"
+    models, limits = ", ".join(client.models) or "no models", described(client.limits) or "no limits"
     out.print(f"{escape(name)}: {escape(models)}; {limits}{'; disabled' if client.disabled else ''}")
 
 
@@ -120,6 +120,9 @@ def call(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
     return run(work())
 
 
-def _limits(limits: access_pb2.Limits) -> str:
+def described(limits: access_pb2.Limits) -> str:
+    """As text; empty without limits."""
     found = ((getattr(limits, field), unit) for field, unit in LIMITS.items())
-    return ", ".join(f"{value:,} {unit}" for value, unit in found if value)
+    text = ", ".join(f"{value:,} {unit}" for value, unit in found if value)
+    rates = limits.requests_per_second or limits.requests_per_minute
+    return f"{text} (each gateway)" if rates and limits.scope == limits.SCOPE_LOCAL else text

@@ -37,7 +37,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) 
 
 def as_json(answer: Message | Iterable[Message]) -> None:
     """Print a message, or a list of them, with the names of the protos and fields that are empty."""
-    body = _plain(answer) if isinstance(answer, Message) else [_plain(message) for message in answer]
+    body = plain(answer) if isinstance(answer, Message) else [plain(message) for message in answer]
+    print_json(body)
+
+
+def print_json(body: Any) -> None:
     typer.echo(json.dumps(body, indent=2, ensure_ascii=False))
 
 
@@ -46,5 +50,6 @@ def when(time: Timestamp) -> str:
     return f"{time.ToDatetime():%Y-%m-%d %H:%M:%S}" if time.ByteSize() else ""
 
 
-def _plain(message: Message) -> Any:
+def plain(message: Message) -> Any:
+    """A message as dictionaries and lists."""
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

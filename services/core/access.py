@@ -1,4 +1,5 @@
-"""Who may call what, as the registry has it: clients with their models and limits, and keys that are void."""
+"""Who may call what, as the registry has it: clients with their models and limits, limits of models, and keys
+that are void."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from services.core.discovery import Registry, Watched
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much may be used in any window of that length, and at once; 0: no limit."""
+    """How much may be used in any window of that length, and at once; 0: no limit. `local`: requests are
+    counted by each gateway for itself, otherwise by all together, as tokens always are."""
 
     requests_per_second: int = 0
     requests_per_minute: int = 0
     concurrent_requests: int = 0
     tokens_per_minute: int = 0
     tokens_per_day: int = 0
+    local: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,14 @@ class Client:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedLimits:
+    """Limits of a model that all its callers share."""
+
+    model: str
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True, slots=True)
 class RevokedKey:
     """A key that is void before its time; `key_id` is its jti."""
 
@@ -45,13 +56,14 @@ class RevokedKey:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """All clients, ordered by name, and all revoked keys, ordered by id."""
+    """All clients by name, all revoked keys by id, and limits of models by model, each in order."""
 
     clients: tuple[Client, ...] = ()
     revoked: tuple[RevokedKey, ...] = ()
+    shared: tuple[SharedLimits, ...] = ()
 
 
-Record: TypeAlias = Client | RevokedKey
+Record: TypeAlias = Client | RevokedKey | SharedLimits
 
 
 def access(records: Iterable[Record]) -> Access:
@@ -60,11 +72,12 @@ def access(records: Iterable[Record]) -> Access:
     return Access(
         tuple(sorted((r for r in found if isinstance(r, Client)), key=lambda c: c.name)),
         tuple(sorted((r for r in found if isinstance(r, RevokedKey)), key=lambda k: k.key_id)),
+        tuple(sorted((r for r in found if isinstance(r, SharedLimits)), key=lambda s: s.model)),
     )
 
 
 def watched_access(registry: Registry, changed: asyncio.Event) -> Watched[Record]:
-    """Clients and revoked keys, kept current; to be read with `access(watched.items.values())`."""
+    """All records, kept current; to be read with `access(watched.items.values())`."""
 
     async def watch(revision: int, store_id: str) -> Any:
         request = access_pb2.WatchAccessRequest(resume_revision=revision, store_id=store_id)
@@ -75,7 +88,7 @@ def watched_access(registry: Registry, changed: asyncio.Event) -> Watched[Record
 
 
 class _Update:
-    """One answer of WatchAccess, with clients and keys under names of their own."""
+    """One answer of WatchAccess, with each kind of record under names of its own."""
 
     def __init__(self, update: access_pb2.WatchAccessResponse) -> None:
         self.revision = update.revision
@@ -84,6 +97,7 @@ class _Update:
         self.stale = update.stale
         self.removed = [f"client {name}" for name in update.removed_clients]
         self.removed += [f"key {key_id}" for key_id in update.forgotten_keys]
+        self.removed += [f"limits {model}" for model in update.removed_shared_limits]
         self._update = update
 
     @property
@@ -92,6 +106,8 @@ class _Update:
             yield f"client {client.name}", to_client(client)
         for key in self._update.revoked_keys:
             yield f"key {key.key_id}", RevokedKey(key.key_id, key.client)
+        for shared in self._update.shared_limits:
+            yield f"limits {shared.model}", SharedLimits(shared.model, _limits(shared.limits))
 
 
 def to_client(record: access_pb2.Client) -> Client:
@@ -111,4 +127,5 @@ def _limits(record: access_pb2.Limits) -> Limits:
         record.concurrent_requests,
         record.tokens_per_minute,
         record.tokens_per_day,
+        record.scope == access_pb2.Limits.SCOPE_LOCAL,
     )

@@ -1,4 +1,4 @@
-"""`AccessService`: clients and revoked keys."""
+"""`AccessService`: clients, limits of models and revoked keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.registry import validation
 from services.registry.callers import AdmittedCallers
 from services.registry.commits import Commits
 from services.registry.etcd import Put, Unchanged
-from services.registry.keyspace import ACCESS, CLIENTS, REVOKED
+from services.registry.keyspace import ACCESS, CLIENTS, REVOKED, SHARED_LIMITS
 from services.registry.mirror import Mirror, Update
 from services.registry.watching import Feed
 
@@ -25,7 +25,8 @@ REVOKED_FOR_S = KEY_TTL_MAX_S + 7 * 86_400
 
 
 class Access(AccessServiceServicer):
-    """Records: CLIENTS + name, a Client; REVOKED + key id, a RevokedKey by a lease of REVOKED_FOR_S."""
+    """Records: CLIENTS + name, a Client; SHARED_LIMITS + model, a SharedLimits; REVOKED + key id, a
+    RevokedKey by a lease of REVOKED_FOR_S."""
 
     def __init__(self, mirror: Mirror, commits: Commits, callers: AdmittedCallers) -> None:
         self._mirror = mirror
@@ -40,12 +41,8 @@ class Access(AccessServiceServicer):
         client = pb.Client()
         client.CopyFrom(validation.client(request.client))
         client.revision = 0
-        key = CLIENTS + client.name
-        put = Put(key, client.SerializeToString())
-        if request.expected_revision:
-            client.revision = await self._commits.commit([put], [Unchanged(key, request.expected_revision)])
-        else:
-            client.revision = await self._replace(key, [put])
+        put = Put(CLIENTS + client.name, client.SerializeToString())
+        client.revision = await self._set(put, request.expected_revision)
         return pb.SetClientResponse(client=client)
 
     async def GetClient(self, request: pb.GetClientRequest, context: Context) -> pb.GetClientResponse:
@@ -70,6 +67,36 @@ class Access(AccessServiceServicer):
         await self._commits.caught_up()
         await self._replace(key, [], [key])
         return pb.DeleteClientResponse()
+
+    async def SetSharedLimits(
+        self, request: pb.SetSharedLimitsRequest, context: Context
+    ) -> pb.SetSharedLimitsResponse:
+        self._callers.check_admin(context.invocation_metadata(), "change limits")
+        if not request.HasField("shared_limits"):
+            raise InvalidInput("shared_limits", "is required")
+        shared = pb.SharedLimits()
+        shared.CopyFrom(validation.shared_limits(request.shared_limits))
+        shared.revision = 0
+        put = Put(SHARED_LIMITS + shared.model, shared.SerializeToString())
+        shared.revision = await self._set(put, request.expected_revision)
+        return pb.SetSharedLimitsResponse(shared_limits=shared)
+
+    async def ListSharedLimits(
+        self, request: pb.ListSharedLimitsRequest, context: Context
+    ) -> pb.ListSharedLimitsResponse:
+        return pb.ListSharedLimitsResponse(
+            shared_limits=[_shared(r.value, r.mod_revision) for r in self._mirror.under(SHARED_LIMITS)],
+            stale=self._mirror.stale,
+        )
+
+    async def DeleteSharedLimits(
+        self, request: pb.DeleteSharedLimitsRequest, context: Context
+    ) -> pb.DeleteSharedLimitsResponse:
+        self._callers.check_admin(context.invocation_metadata(), "change limits")
+        key = SHARED_LIMITS + validation.model_name("model", request.model)
+        await self._commits.caught_up()
+        await self._replace(key, [], [key])
+        return pb.DeleteSharedLimitsResponse()
 
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Context) -> pb.RevokeKeyResponse:
         self._callers.check_admin(context.invocation_metadata(), "revoke keys")
@@ -99,6 +126,12 @@ class Access(AccessServiceServicer):
     ) -> pb.ListRevokedKeysResponse:
         keys = [pb.RevokedKey.FromString(record.value) for record in self._mirror.under(REVOKED)]
         return pb.ListRevokedKeysResponse(keys=keys, stale=self._mirror.stale)
+
+    async def _set(self, put: Put, expected: int) -> int:
+        """The revision. Raises Conflict if `expected` is not 0 and another by now."""
+        if expected:
+            return await self._commits.commit([put], [Unchanged(put.key, expected)])
+        return await self._replace(put.key, [put])
 
     async def _replace(self, key: str, puts: list[Put], deletes: list[str] | None = None) -> int:
         """Write whatever is there now; the revision. On a condition all the same: a write whose answer was
@@ -142,6 +175,11 @@ def _respond(update: Update, view: str) -> pb.WatchAccessResponse:
                 response.removed_clients.append(key.removeprefix(CLIENTS))
             else:
                 response.clients.append(_client(record.value, record.mod_revision))
+        elif key.startswith(SHARED_LIMITS):
+            if record is None:
+                response.removed_shared_limits.append(key.removeprefix(SHARED_LIMITS))
+            else:
+                response.shared_limits.append(_shared(record.value, record.mod_revision))
         elif key.startswith(REVOKED):
             if record is None:
                 response.forgotten_keys.append(key.removeprefix(REVOKED))
@@ -154,3 +192,9 @@ def _client(value: bytes, revision: int) -> pb.Client:
     client = pb.Client.FromString(value)
     client.revision = revision
     return client
+
+
+def _shared(value: bytes, revision: int) -> pb.SharedLimits:
+    shared = pb.SharedLimits.FromString(value)
+    shared.revision = revision
+    return shared

@@ -233,8 +233,21 @@ def client(value: access_pb2.Client) -> access_pb2.Client:
         raise InvalidInput("client.model_limits", f"at most {MAX_PATTERNS}")
     for index, limit in enumerate(value.model_limits):
         _pattern(f"client.model_limits[{index}].models", limit.models)
+        _scope(f"client.model_limits[{index}].limits", limit.limits)
+    _scope("client.limits", value.limits)
     _labels("client.labels", value.labels)
     return value
+
+
+def shared_limits(value: access_pb2.SharedLimits) -> access_pb2.SharedLimits:
+    model_name("shared_limits.model", value.model)
+    _scope("shared_limits.limits", value.limits)
+    return value
+
+
+def _scope(field: str, limits: access_pb2.Limits) -> None:
+    if limits.scope not in access_pb2.Limits.Scope.values():
+        raise InvalidInput(f"{field}.scope", "is not known")
 
 
 def client_name(field: str, value: str) -> str:

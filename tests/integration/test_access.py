@@ -64,11 +64,34 @@ async def test_a_client_is_set_replaced_and_deleted(api: Api) -> None:
         (pb.Client(name="a", models=["m["]), "client.models[0]"),
         (pb.Client(name="a", model_limits=[pb.ModelLimits(models="")]), "client.model_limits[0].models"),
         (pb.Client(name="a", labels={"": "x"}), "client.labels[]"),
+        (pb.Client(name="a", limits=pb.Limits(scope=7)), "client.limits.scope"),  # type: ignore[arg-type]
     ],
 )
 async def test_a_wrong_client_is_refused_by_field(api: Api, client: pb.Client, field: str) -> None:
     error = await refused(set_client(api, client))
     assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+
+
+async def test_the_limits_of_a_model_are_set_listed_watched_and_deleted(api: Api) -> None:
+    async def set_(shared: pb.SharedLimits, expected: int = 0) -> pb.SharedLimits:
+        request = pb.SetSharedLimitsRequest(shared_limits=shared, expected_revision=expected)
+        return (await api.access.SetSharedLimits(request, timeout=5)).shared_limits  # type: ignore[no-any-return]
+
+    watch: Any = api.access.WatchAccess(pb.WatchAccessRequest(), timeout=20)
+    assert not (await watch.read()).shared_limits
+    limits = pb.Limits(requests_per_second=5, scope=pb.Limits.SCOPE_LOCAL)
+    first = await set_(pb.SharedLimits(model="m", limits=limits))
+    assert list((await watch.read()).shared_limits) == [first]
+    second = await set_(pb.SharedLimits(model="m"), first.revision)
+    assert (await refused(set_(pb.SharedLimits(model="m"), first.revision))).code == grpc.StatusCode.ABORTED
+    assert list((await watch.read()).shared_limits) == [second]
+    listed = await api.access.ListSharedLimits(pb.ListSharedLimitsRequest(), timeout=5)
+    assert list(listed.shared_limits) == [second]
+    for _ in range(2):
+        await api.access.DeleteSharedLimits(pb.DeleteSharedLimitsRequest(model="m"), timeout=5)
+    assert list((await watch.read()).removed_shared_limits) == ["m"]
+    error = await refused(set_(pb.SharedLimits(model="m*")))
+    assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "shared_limits.model")
 
 
 async def revoke(api: Api, key_id: str, **fields: Any) -> pb.RevokedKey:

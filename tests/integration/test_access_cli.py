@@ -90,6 +90,29 @@ async def test_a_client_is_shown_with_everything_as_it_is_written(cli: Cli) -> N
     assert await cli.json("clients", "delete", "alice") == {}
 
 
+async def test_limits_of_clients_and_models(cli: Cli) -> None:
+    await cli.json("clients", "set", "alice", "--model", "*")
+    await cli.json("limits", "set", "--client", "alice", "--tokens-per-day", "7")
+    args = ("--client", "alice", "--model", "smol*", "--requests-per-second", "5", "--scope", "local")
+    await cli.json("limits", "set", *args)
+    await cli.json("limits", "set", "--model", "minilm", "--requests-per-minute", "9")
+    listed = await cli.json("limits", "list")
+    assert [(row["client"], row["model"]) for row in listed] == [
+        ("alice", ""),
+        ("alice", "smol*"),
+        ("", "minilm"),
+    ]
+    assert listed[1]["limits"]["scope"] == "SCOPE_LOCAL"
+    assert listed[2]["limits"]["requests_per_minute"] == 9
+    code, said = await cli("limits", "show", "--client", "alice")
+    assert code == 0, said
+    for text in ("5 req/s (each gateway)", "7 tok/day", "minilm"):
+        assert text in said
+    await cli.json("limits", "delete", "--client", "alice", "--model", "smol*")
+    await cli.json("limits", "delete", "--model", "minilm")
+    assert [row["limits"]["tokens_per_day"] for row in await cli.json("limits", "list")] == ["7"]
+
+
 async def test_a_key_is_taken_back(cli: Cli) -> None:
     lost = cli.ring.mint("other", 600, admin=True)
     code, said = await cli("keys", "revoke", lost.key_id, "--client", "other", "--reason", STRANGE)
