@@ -15,6 +15,13 @@ from lingqu.inference.v1 import inference_pb2
 TEXT_SERVICE = "lingqu.inference.v1.InferenceService"
 TENSOR_SERVICE = "inference.GRPCInferenceService"
 
+# Open to everybody: they tell nothing but what the published protos tell.
+OPEN_PREFIXES = (
+    "/grpc.health.v1.Health/",
+    "/grpc.reflection.v1.ServerReflection/",
+    "/grpc.reflection.v1alpha.ServerReflection/",
+)
+
 TEXT_METHODS = ("Generate", "StreamGenerate", "Embed", "Classify", "Answer", "Score", "Tokenize")
 # The protocol's other methods change the server or its memory: they are not for clients.
 TENSOR_INFERENCE = ("ModelInfer", "ModelStreamInfer")

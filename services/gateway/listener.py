@@ -16,12 +16,8 @@ from services.core.errors import (
 from services.core.rest import MAX_BODY_BYTES
 from services.gateway import filters, replies
 from services.gateway.clusters import ADS, TRACES, socket_address
-from services.gateway.routes import (
-    CLIENT_HEADER,
-    MODEL_HEADER,
-    ROUTES,
-    VERSION_HEADER,
-)
+from services.gateway.headers import CLIENT_HEADER, MODEL_HEADER, VERSION_HEADER
+from services.gateway.routes import ROUTES
 
 LISTENER = "public"
 

@@ -5,24 +5,17 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from services.core.errors import InvalidInput, LingquError, Unimplemented
+from services.core.errors import LingquError, Unimplemented
 from services.core.rest import MAX_BODY_BYTES
 from services.gateway import replies
 from services.gateway.clusters import ANY_REST, ANY_TRITON, CONTROL, backends
-from services.gateway.descriptors import TENSOR_SERVER, TENSOR_SERVICE, TEXT_SERVICE
+from services.gateway.descriptors import OPEN_PREFIXES, TENSOR_SERVER, TENSOR_SERVICE, TEXT_SERVICE
+from services.gateway.filters import model
+from services.gateway.headers import MODEL_HEADER, VERSION_HEADER
 from services.gateway.view import Target, View
 
 ROUTES = "public"
-MODEL_HEADER = "x-lingqu-model"
-CLIENT_HEADER = "x-lingqu-client"
-VERSION_HEADER = "x-lingqu-model-version"
-# Open to everybody: they tell nothing but what the published protos tell.
-OPEN_PREFIXES = (
-    "/grpc.health.v1.Health/",
-    "/grpc.reflection.v1.ServerReflection/",
-    "/grpc.reflection.v1alpha.ServerReflection/",
-)
-LUA = "envoy.filters.http.lua"
+ROUTE = "lingqu"  # metadata of a route: which model and version it is for
 JSON = "envoy.filters.http.json_to_metadata"
 # Requests that name a model in their JSON body, and whatever else REST answers.
 REST_WITH_MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -38,43 +31,35 @@ def routes(view: View) -> dict[str, Any]:
         "route": {"cluster": ANY_TRITON, **UNBOUNDED},
         "request_headers_to_remove": ["authorization"],
     }
-    invalid = InvalidInput("model", "is missing or malformed: 1 to 64 letters, digits, '.', '_' and '-'")
     kinds = {TEXT_SERVICE: "text", TENSOR_SERVICE: "tensor", REST_SERVICE: ANY_REST}
     by_model: dict[str, dict[str, Any]] = {service: {} for service in kinds}
     for service, known in by_model.items():
-        if service != REST_SERVICE:
-            known["<invalid>"] = _action(_local_reply(invalid))
         for name, targets in itertools.groupby(view.targets, key=lambda target: target.model):
             able = [(t, f"{kinds[service]}/{name}/{t.version}") for t in targets]
             shares = [(_model_route(service, c, t), t.percent) for t, c in able if c in backends(t)]
             if shares:
                 known[name] = _split(shares)
-    # routing.lua answers for models that are unknown; what names no model is no method of ours.
+    # A script answers for models that are unknown; what names no model is no method of ours.
     elsewhere = _local_reply(Unimplemented("there is no such method on this port"))
-    elsewhere["metadata"] = {"filter_metadata": {LUA: {"unknown": True}}}
+    elsewhere["typed_per_filter_config"] = model.script(model.UNKNOWN)
     services = {
         **{prefix: _action(to_control) for prefix in (*OPEN_PREFIXES, "/lingqu.gateway.v1.GatewayService/")},
         **{f"/{TENSOR_SERVICE}/{method}": _action(to_any_triton) for method in TENSOR_SERVER},
         **{
-            f"/{service}/": {
-                "matcher": {
-                    **_tree(MODEL_HEADER, "exact_match_map", known),
-                    "on_no_match": _action(elsewhere),
-                }
-            }
+            f"/{service}/": _by_model(known, _action(elsewhere))
             for service, known in by_model.items()
             if service != REST_SERVICE
         },
         **dict.fromkeys(REST_WITH_MODEL, _rest(by_model[REST_SERVICE])),
         **dict.fromkeys(REST_OTHERS, _action(_to_any_rest())),
     }
-    tree = {**_tree(":path", "prefix_match_map", services), "on_no_match": _action(elsewhere)}
+    tree = {"matcher_tree": _by_path(services), "on_no_match": _action(elsewhere)}
     return {"name": ROUTES, "virtual_hosts": [{"name": "all", "domains": ["*"], "matcher": tree}]}
 
 
 def _rest(known: dict[str, Any]) -> dict[str, Any]:
     """By model, as soon as the body has been read; whoever names none that is known is told so by any
-    replica. Empty maps are not allowed."""
+    replica."""
     # A request comes by here first, without a model: this switches the filter on that looks for one.
     reading = {
         "typed_per_filter_config": {
@@ -83,9 +68,13 @@ def _rest(known: dict[str, Any]) -> dict[str, Any]:
         "request_body_buffer_limit": MAX_BODY_BYTES,
     }
     unread = _action({**_to_any_rest(), **reading})
-    if not known:
-        return unread
-    return {"matcher": {**_tree(MODEL_HEADER, "exact_match_map", known), "on_no_match": unread}}
+    return _by_model(known, unread, rest=True)
+
+
+def _by_model(known: dict[str, Any], otherwise: dict[str, Any], *, rest: bool = False) -> dict[str, Any]:
+    if not known:  # empty maps are not allowed
+        return otherwise
+    return {"matcher": {"matcher_tree": model.by_model(known, rest=rest), "on_no_match": otherwise}}
 
 
 def _to_any_rest() -> dict[str, Any]:
@@ -95,13 +84,11 @@ def _to_any_rest() -> dict[str, Any]:
     }
 
 
-def _tree(header: str, kind: str, branches: dict[str, Any]) -> dict[str, Any]:
+def _by_path(branches: dict[str, Any]) -> dict[str, Any]:
     source = {"@type": "type.googleapis.com/envoy.type.matcher.v3.HttpRequestHeaderMatchInput"}
     return {
-        "matcher_tree": {
-            "input": {"name": header, "typed_config": {**source, "header_name": header}},
-            kind: {"map": branches},
-        }
+        "input": {"name": ":path", "typed_config": {**source, "header_name": ":path"}},
+        "prefix_match_map": {"map": branches},
     }
 
 
@@ -136,11 +123,17 @@ def _model_route(service: str, cluster: str, target: Target) -> dict[str, Any]:
         "request_headers_to_remove": ["authorization"],
     }
     if service != TENSOR_SERVICE:
-        header = {"key": VERSION_HEADER, "value": version}
-        added = {"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
-        route["request_headers_to_add"] = [added]
+        added = {VERSION_HEADER: version}
+        if service == REST_SERVICE:
+            added[MODEL_HEADER] = target.model
+        route["request_headers_to_add"] = [
+            {"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+            for key, value in added.items()
+        ]
+    route["metadata"] = {"filter_metadata": {ROUTE: {"model": target.model, "version": version}}}
     if service == TENSOR_SERVICE and target.pinned:
-        route["metadata"] = {"filter_metadata": {LUA: {"pin": version}}}
+        route["metadata"]["filter_metadata"][model.LUA] = {"pin": version}
+        route["typed_per_filter_config"] = model.script(model.PIN)
     return route
 
 

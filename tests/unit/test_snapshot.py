@@ -152,7 +152,8 @@ def test_json_is_read_only_where_rest_is_served() -> None:
     manager = as_dict(made, xds.LISTENER)["public"]["filter_chains"][0]["filters"][0]["typed_config"]
     reads = [f for f in manager["http_filters"] if f["name"].endswith("json_to_metadata")]
     assert [f.get("disabled") for f in reads] == [True]
-    on = [r["route"]["cluster"] for r in routes_of(made) if "typed_per_filter_config" in r]
+    reading = "envoy.filters.http.json_to_metadata"
+    on = [r["route"]["cluster"] for r in routes_of(made) if reading in r.get("typed_per_filter_config", {})]
     assert on == ["rest"] * 3
 
 

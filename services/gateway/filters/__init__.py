@@ -18,7 +18,8 @@ def stack() -> list[dict[str, Any]]:
         discovered(authentication.NAME, authentication.TYPE),
         model.of_grpc(),
         model.of_rest(),
-        model.into_header(),
+        model.as_state(),
+        model.scripts(),
         fixed("router", typed("router.v3.Router", {"suppress_envoy_headers": True})),
     ]
 

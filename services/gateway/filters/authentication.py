@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from services.core.identity import AUDIENCE, ISSUER
+from services.gateway.descriptors import OPEN_PREFIXES
 from services.gateway.filters.chain import typed
-from services.gateway.routes import CLIENT_HEADER, OPEN_PREFIXES
+from services.gateway.headers import CLIENT_HEADER
 
 NAME = "authentication"
 TYPE = "jwt_authn.v3.JwtAuthentication"

@@ -1,16 +1,30 @@
-"""Which model a request names: read out of its message or its JSON body, and put into a header that routes,
-allow-lists and limits look at."""
+"""Which model a request names, read by Envoy out of its message or its JSON body, for routes, allow-lists and
+limits to look at.
+
+The name becomes a filter state (`MODEL`), set without any script: Lua for every request cost 6 µs of 45.
+Scripts run only where a route asks for one: to answer with the name of a model that is not there, and to add
+a version to a tensor request.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from services.core.errors import ModelNotFound, to_rpc_status
+from services.core.errors import InvalidInput, ModelNotFound, to_rpc_status
+from services.gateway import replies
 from services.gateway.descriptors import descriptor_set, extractions
 from services.gateway.filters.chain import fixed, typed
 
-REST_METADATA = "lingqu.rest"  # routing.lua reads it
+MODEL = "lingqu.model"
+REST_METADATA = "lingqu.rest"
+LUA = "envoy.filters.http.lua"
+PIN, UNKNOWN = "pin", "unknown"
+
+_EXTRACTED = "envoy.filters.http.grpc_field_extraction"
+# Whichever of them there is.
+_SOURCES = (f"{_EXTRACTED}:model", f"{_EXTRACTED}:model_name", f"{_EXTRACTED}:name", f"{REST_METADATA}:model")
 
 
 def of_grpc() -> dict[str, Any]:
@@ -34,14 +48,57 @@ def of_rest() -> dict[str, Any]:
     return fixed("json_to_metadata", config, disabled=True)
 
 
-def into_header() -> dict[str, Any]:
-    return fixed("lua", typed("lua.v3.Lua", {"default_source_code": {"inline_string": _lua()}}))
+def as_state() -> dict[str, Any]:
+    """Sets MODEL, and has the route chosen anew by it."""
+    text = "".join(f"%DYNAMIC_METADATA({source})%" for source in _SOURCES)
+    value = {
+        "object_key": MODEL,
+        "factory_key": "envoy.string",
+        "format_string": {"text_format_source": {"inline_string": text}, "omit_empty_values": True},
+        "skip_if_empty": True,
+    }
+    config = {"on_request_headers": [value], "clear_route_cache": True}
+    # As a struct, because xds-protos 1.85 does not know clear_route_cache, and Envoy does.
+    kind = typed("set_filter_state.v3.Config", {})["@type"]
+    struct = {"@type": "type.googleapis.com/xds.type.v3.TypedStruct", "type_url": kind, "value": config}
+    return fixed("set_filter_state", struct)
 
 
-def _lua() -> str:
-    source = resources.files("services.gateway").joinpath("routing.lua").read_text()
+def by_model(branches: Mapping[str, Any], *, rest: bool = False) -> dict[str, Any]:
+    """A matcher's tree with a branch a model. What came out of a message is a JSON list of all values of the
+    field, so that a field that is sent twice is no model's name; what came out of JSON is the name itself."""
+    kind = "type.googleapis.com/envoy.extensions.matching.common_inputs.network.v3.FilterStateInput"
+    config = {"@type": kind, "key": MODEL}
+    named = {name if rest else f'["{name}"]': branch for name, branch in branches.items()}
+    return {"input": {"name": MODEL, "typed_config": config}, "exact_match_map": {"map": named}}
+
+
+def scripts() -> dict[str, Any]:
+    """Runs the script that a route names (`script`), and none elsewhere."""
+    sources = {name: {"inline_string": source} for name, source in ((PIN, _pin()), (UNKNOWN, _unknown()))}
+    return fixed("lua", typed("lua.v3.Lua", {"source_codes": sources}))
+
+
+def script(name: str) -> dict[str, Any]:
+    """The `typed_per_filter_config` of a route that wants a script."""
+    return {LUA: typed("lua.v3.LuaPerRoute", {"name": name})}
+
+
+def _pin() -> str:
+    return resources.files(__package__).joinpath("pin.lua").read_text()
+
+
+def _unknown() -> str:
+    invalid = InvalidInput("model", "is missing or malformed: 1 to 64 letters, digits, '.', '_' and '-'")
     status = to_rpc_status(ModelNotFound(""))
     status.ClearField("code")
     status.ClearField("message")
-    escaped = "".join(f"\\x{byte:02x}" for byte in status.SerializeToString())
-    return source.replace("@MODEL_NOT_FOUND_DETAILS@", escaped)
+    values = {
+        "@INVALID_MESSAGE@": str(invalid),
+        "@INVALID_STATUS@": replies.details_header(invalid),
+        "@NOT_FOUND_DETAILS@": "".join(f"\\x{byte:02x}" for byte in status.SerializeToString()),
+    }
+    source = resources.files(__package__).joinpath("unknown.lua").read_text()
+    for name, value in values.items():
+        source = source.replace(name, value)
+    return source
