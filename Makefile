@@ -9,7 +9,7 @@ STUBS  := $(VENV)/.stubs
 MODELS := $(VENV)/.models
 PROTOS := $(shell find protos -name '*.proto')
 
-.PHONY: up test check fix bench bench-inference bench-registry soak clean install
+.PHONY: up test check fix bench bench-gateway bench-inference bench-registry soak clean install
 
 up: install $(MODELS)                        ## start the whole suite; Ctrl-C stops it
 	@exec $(BIN)/lingqu up $(ARGS)
@@ -30,6 +30,9 @@ fix: install                                 ## what can be corrected by itself
 
 bench: install $(MODELS)                     ## the figures of docs/benchmarks.md
 	$(BIN)/python -m bench $(ARGS)
+
+bench-gateway: install $(MODELS)             ## what the entry costs, policy by policy, beside nginx and others
+	$(BIN)/python -m bench gateway $(ARGS)
 
 bench-inference: install $(MODELS)           ## generation, vectors, caches, held streams; peers that are installed
 	@$(PIP) install -q -c constraints.txt 'sentence-transformers>=5,<6'

@@ -44,27 +44,26 @@ async def measure(suite: Suite) -> list[Target]:
 
 
 def _measure(addresses: dict[str, str], key: str, triton: str) -> list[Target]:
-    request = _request()
-    with tempfile.NamedTemporaryFile(suffix=".grpc") as frame:
-        raw = request.SerializeToString()
-        frame.write(b"\0" + len(raw).to_bytes(4, "big") + raw)
-        frame.flush()
+    with tempfile.NamedTemporaryFile(suffix=".grpc") as file:
+        file.write(frame())
+        file.flush()
         for address in addresses.values():
-            _once(address, key)
-            _load(address, key, frame.name, REQUESTS // 4)
-        before = _executed(triton)
+            once(address, key)
+            load(address, key, file.name, REQUESTS // 4)
+        before = executed(triton)
         rates: dict[str, list[float]] = {name: [] for name in addresses}
         delays: dict[str, list[float]] = {name: [] for name in addresses}
         for number in range(PASSES):
             names = list(addresses)
             for name in names[number % 3 :] + names[: number % 3]:
-                rates[name].append(_load(addresses[name], key, frame.name, REQUESTS))
-        executed, sent = _executed(triton) - before, PASSES * REQUESTS * len(addresses)
+                rates[name].append(load(addresses[name], key, file.name, REQUESTS))
+        sent = PASSES * REQUESTS * len(addresses)
         # h2load sees HTTP 200 and no gRPC status: what Triton computed is the proof.
-        assert executed == sent, f"Triton computed {executed} of {sent} requests"
+        done = executed(triton) - before
+        assert done == sent, f"Triton computed {done} of {sent} requests"
         for _ in range(PASSES):
             for name, address in addresses.items():
-                delays[name].append(_sequential(address, key))
+                delays[name].append(sequential(address, key))
     print(f"\ntensor path: ModelInfer of an echo model, h2load -c 4 -m 16 -n {REQUESTS}, then one at a time")
     for name in addresses:
         print(row(f"{name}, throughput", rates[name], "req/s"))
@@ -84,6 +83,12 @@ def _measure(addresses: dict[str, str], key: str, triton: str) -> list[Target]:
     ]
 
 
+def frame() -> bytes:
+    """One request as gRPC sends it."""
+    raw = _request().SerializeToString()
+    return b"\0" + len(raw).to_bytes(4, "big") + raw
+
+
 def _request() -> Any:
     values = np.arange(16, dtype=np.int32)
     request = pb.ModelInferRequest(model_name="echo")
@@ -92,7 +97,7 @@ def _request() -> Any:
     return request
 
 
-def _once(address: str, key: str) -> None:
+def once(address: str, key: str) -> None:
     """One call with its answer checked, retried while the server at `address` starts."""
     with grpc.insecure_channel(address) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -101,7 +106,7 @@ def _once(address: str, key: str) -> None:
         assert answer.raw_output_contents[0] == _request().raw_input_contents[0]
 
 
-def _load(address: str, key: str, frame: str, requests: int) -> float:
+def load(address: str, key: str, frame: str, requests: int) -> float:
     """Requests per second."""
     done = subprocess.run(
         [
@@ -118,7 +123,7 @@ def _load(address: str, key: str, frame: str, requests: int) -> float:
     return float(found[1])
 
 
-def _sequential(address: str, key: str) -> float:
+def sequential(address: str, key: str) -> float:
     """Median latency of one call at a time, ms."""
     request, metadata = _request(), (("authorization", f"Bearer {key}"),)
     with grpc.insecure_channel(address) as channel:
@@ -131,7 +136,7 @@ def _sequential(address: str, key: str) -> float:
     return statistics.median(times) * 1000
 
 
-def _executed(triton: str) -> int:
+def executed(triton: str) -> int:
     with grpc.insecure_channel(triton) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         answer = stub.ModelStatistics(pb.ModelStatisticsRequest(name="echo"))

@@ -1,0 +1,163 @@
+"""The gateway's price: an echo model in Triton reached directly, through Envoy with none and with all of our
+policies, through nginx, and through a `grpc.aio` proxy; and what each filter costs.
+
+Throughput is h2load's, interleaved pass by pass. Processor time of each proxy is counted, too: it drifts
+less."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import psutil
+
+from bench import contestants, tensor
+from bench.report import Target, ratio, row
+from bench.suite import Suite
+from services.core.access import Access, Client
+from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
+from services.gateway.listener import Entry
+from services.gateway.snapshot import Snapshot, snapshot
+from services.gateway.view import view
+
+PASSES = 9
+REQUESTS = 20_000
+PORT = 8960
+CLIENTS = 100
+CLUSTER = "tensor/echo/1"
+# Names of filters, in their order, behind which the profile looks.
+STEPS = (
+    ("authentication", "key"),
+    ("grpc_field_extraction", "model's name"),
+    ("set_filter_state", "route by it"),
+    ("lua", "scripts, idle"),
+    ("access", "allow-list"),
+    ("limits", "limits"),
+)
+
+
+async def measure(suite: Suite) -> list[Target]:
+    """Prints what was measured and returns what had to be reached."""
+    await suite.publish_echo()
+    return await asyncio.to_thread(_measure, suite)
+
+
+def _measure(suite: Suite) -> list[Target]:
+    made = policies(suite)
+    with ExitStack() as stack, tempfile.NamedTemporaryFile(suffix=".grpc") as file:
+        file.write(tensor.frame())
+        file.flush()
+        addresses, running = {"Triton direct": suite.triton}, {}
+
+        def enter(name: str, start: Callable[[str], Any]) -> None:
+            address = f"127.0.0.1:{PORT + suite.layout.offset + len(addresses)}"
+            if (found := stack.enter_context(start(address))) is not None:
+                addresses[name], running[name] = address, found
+
+        bare = contestants.pass_through(made, CLUSTER)
+        enter("Envoy, no policy", lambda at: contestants.envoy_with(bare, at))
+        enter("nginx, no policy", lambda at: contestants.nginx(at, suite.triton))
+        enter("grpc.aio proxy", lambda at: contestants.grpc_aio(at, suite.triton))
+        addresses["public port"], running["public port"] = suite.public, suite.part("envoy -c")
+        load = Load(suite, file.name)
+        rates, costs = load.interleaved(addresses, running, PASSES)
+        delays = load.sequential(addresses, PASSES)
+        _profile(suite, load, made)
+    print(f"\ngateway: ModelInfer of an echo model, h2load -c 4 -m 16 -n {REQUESTS}, then one at a time")
+    for name in addresses:
+        print(row(f"{name}, throughput", rates[name], "req/s"))
+    for name in running:
+        print(row(f"{name}, processor time", costs[name], "µs"))
+    for name in addresses:
+        print(row(f"{name}, latency p50", delays[name], "ms"))
+    added = statistics.median(
+        ours - theirs for ours, theirs in zip(delays["public port"], delays["Triton direct"], strict=True)
+    )
+    ours = rates["public port"]
+    found = [
+        Target("public port ÷ Envoy without policies, req/s", ratio(ours, rates["Envoy, no policy"]), 0.85),
+        Target("public port ÷ grpc.aio proxy, req/s", ratio(ours, rates["grpc.aio proxy"]), 4),
+        Target("public port − Triton direct, latency p50", added, 0.35, at_least=False, unit="ms"),
+    ]
+    if "nginx, no policy" in rates:
+        found.append(
+            Target("public port ÷ nginx without policies, req/s", ratio(ours, rates["nginx, no policy"]), 1)
+        )
+    return found
+
+
+def policies(suite: Suite, clients: int = CLIENTS) -> Snapshot:
+    """The snapshot of a suite whose one replica is `suite`'s Triton, with so many clients."""
+    version = Version(VersionKey("echo", 1), "file:///x", "0", "tensor", "python")
+    replica = Replica("r", "inference", {"oip": suite.triton}, (Hosted(version.key, READY),))
+    models = [Model("echo", (version,), ((1, 100),))]
+    known = tuple(Client(f"c{n}", ("echo", "other-*")) for n in range(clients))
+    keys = json.loads(suite.layout.jwks.read_text())
+    entry = Entry(suite.public, "127.0.0.1:1", keys)
+    return snapshot(view([replica], models, Access((*known, Client("dev", ("*",))))), entry)
+
+
+class Load:
+    """Load on one method with one message, from files and a key of the suite."""
+
+    def __init__(self, suite: Suite, frame: str) -> None:
+        self._key, self._frame, self._triton = suite.key, frame, suite.triton
+
+    def interleaved(
+        self, addresses: Mapping[str, str], running: Mapping[str, psutil.Process], passes: int
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Requests a second, and µs of processor time a request, by name and pass."""
+        for address in addresses.values():
+            tensor.once(address, self._key)
+            tensor.load(address, self._key, self._frame, REQUESTS // 4)
+        before = tensor.executed(self._triton)
+        rates: dict[str, list[float]] = {name: [] for name in addresses}
+        costs: dict[str, list[float]] = {name: [] for name in running}
+        for number in range(passes):
+            names = list(addresses)
+            start = number % len(names)
+            for name in names[start:] + names[:start]:
+                used = contestants.cpu_s(running[name]) if name in running else 0.0
+                rates[name].append(tensor.load(addresses[name], self._key, self._frame, REQUESTS))
+                if name in running:
+                    costs[name].append((contestants.cpu_s(running[name]) - used) / REQUESTS * 1e6)
+        sent = passes * REQUESTS * len(addresses)
+        # h2load sees HTTP 200 and no gRPC status: what Triton computed is the proof.
+        done = tensor.executed(self._triton) - before
+        assert done == sent, f"Triton computed {done} of {sent} requests"
+        return rates, costs
+
+    def sequential(self, addresses: Mapping[str, str], passes: int) -> dict[str, list[float]]:
+        """Median latency of one call at a time, ms, by name and pass."""
+        delays: dict[str, list[float]] = {name: [] for name in addresses}
+        for _ in range(passes):
+            for name, address in addresses.items():
+                delays[name].append(tensor.sequential(address, self._key))
+        return delays
+
+
+def _profile(suite: Suite, load: Load, made: Snapshot) -> None:
+    """What one Envoy takes for a request with more and more of our filters."""
+    ladder = {"router alone": contestants.pass_through(made, CLUSTER)}
+    wanted: list[str] = []
+    for part, said in STEPS:
+        wanted.append(part)
+        some = tuple(wanted)
+        ladder[f"+ {said}"] = contestants.with_filters(
+            made, CLUSTER, lambda name, some=some: any(part in name for part in some)
+        )
+    ladder["+ routes, errors"] = contestants.static(made)
+    with ExitStack() as stack:
+        addresses, running = {}, {}
+        for number, (name, config) in enumerate(ladder.items()):
+            addresses[name] = f"127.0.0.1:{PORT + 10 + number + suite.layout.offset}"
+            running[name] = stack.enter_context(contestants.envoy_with(config, addresses[name]))
+        _, costs = load.interleaved(addresses, running, 3)
+    print("\nprocessor time of one Envoy for a request, with more and more filters")
+    for name, values in costs.items():
+        print(row(name, values, "µs"))
