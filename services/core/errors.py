@@ -6,6 +6,9 @@ status code and on `google.rpc.ErrorInfo.reason`, never on the text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
@@ -14,11 +17,13 @@ DOMAIN = "lingqu"
 
 
 class LingquError(Exception):
-    """Base of all errors with a meaning for the caller. `retry_after_s` is set where waiting helps."""
+    """Base of all errors with a meaning for the caller. `retry_after_s` is set where waiting helps;
+    `metadata` is what ErrorInfo says besides the reason."""
 
     code = grpc.StatusCode.INTERNAL
     reason = "INTERNAL"
     retry_after_s: float | None = None
+    metadata: Mapping[str, str] = MappingProxyType({})
 
 
 class AlreadyExists(LingquError):
@@ -154,6 +159,19 @@ class QueueFull(LingquError):
         self.retry_after_s = retry_after_s
 
 
+class LimitReached(LingquError):
+    """A client or a model uses as much as it may. `limit` is the field of the record (Limits in
+    access.proto), `of` whose it is: "client", "model" or "client_model"."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "LIMIT_REACHED"
+
+    def __init__(self, message: str, limit: str, of: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.metadata = {"limit": limit, "of": of}
+
+
 class MessageTooLarge(LingquError):
     """Larger than is read; trying again does not help."""
 
@@ -216,7 +234,7 @@ class DeadlinePassed(LingquError):
 
 def to_rpc_status(error: LingquError) -> status_pb2.Status:
     """The error as `google.rpc.Status` with ErrorInfo and, where they apply, BadRequest and RetryInfo."""
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     details = [_pack(info)]
     if isinstance(error, InvalidInput):
         bad = error_details_pb2.BadRequest()

@@ -8,6 +8,7 @@ from typing import Any
 
 from services.core.errors import (
     BackendUnavailable,
+    LimitReached,
     MessageTooLarge,
     NotFound,
     PermissionDenied,
@@ -16,6 +17,7 @@ from services.core.errors import (
 from services.core.rest import MAX_BODY_BYTES
 from services.gateway import filters, replies
 from services.gateway.clusters import ADS, TRACES, socket_address
+from services.gateway.filters.local_limits import LIMIT_HEADER, concurrency_refusals
 from services.gateway.headers import CLIENT_HEADER, MODEL_HEADER, VERSION_HEADER
 from services.gateway.routes import ROUTES
 
@@ -89,10 +91,16 @@ def _mappers() -> list[dict[str, Any]]:
         404: NotFound("there is no such path on this port"),
         413: MessageTooLarge(f"the gateway reads bodies up to {MAX_BODY_BYTES >> 20} MiB"),
     }
+    any_limit = LimitReached("", "", "", 1.0)
+    too_fast = _code_details_contain("local_rate_limited")
+    too_many = _code_details_contain("reached_concurrency_limit")
     details = [(_code_details_contain(text), error) for text, error in by_details.items()]
+    details += [(_both(_status_is(status), too_many), error) for status, error in concurrency_refusals()]
     statuses = [(_status_is(status), error) for status, error in by_status.items()]
     for_rest = [*details, *statuses, *((_status_is(status), error) for status, error in only_rest.items())]
     return [
+        {"filter": _both(_REST, too_fast), **replies.rest_reply_from(LIMIT_HEADER, any_limit)},
+        {"filter": too_fast, **replies.reply_from(LIMIT_HEADER)},
         *({"filter": _both(_REST, found), **replies.rest_reply(error)} for found, error in for_rest),
         {"filter": _REST, **replies.any_rest_reply()},
         *({"filter": found, **replies.local_reply(error)} for found, error in (*details, *statuses)),

@@ -48,6 +48,18 @@ def rest_reply(error: LingquError) -> dict[str, Any]:
     return reply
 
 
+def reply_from(header: str) -> dict[str, Any]:
+    """For gRPC: the message is in a header of the answer, which has all the rest already."""
+    return {"body_format_override": {"text_format_source": {"inline_string": f"%RESP({header})%"}}}
+
+
+def rest_reply_from(header: str, error: LingquError) -> dict[str, Any]:
+    """The same for REST, with the status and the kind of `error`."""
+    made = to_http(error)
+    body = {"error": {**made.body["error"], "message": f"%RESP({header})%"}}
+    return {"status_code": made.status, "body_format_override": {"json_format": body}}
+
+
 def any_rest_reply() -> dict[str, Any]:
     """The same for what nobody thought of, with Envoy's own words and status."""
     error = {"message": "%LOCAL_REPLY_BODY%", "type": "api_error", "param": None, "code": None}

@@ -7,25 +7,9 @@ import math
 from lingqu.registry.v1 import models_pb2
 from services.core.errors import BelowThreshold, NotReady
 from services.core.identity import Caller, require
+from services.core.patterns import matches
 from services.registry import stages
 from services.registry.stages import Holdings
-
-
-def matches(pattern: str, name: str) -> bool:
-    """'*' stands for any text; nothing else is special. Takes linear time, whatever the pattern."""
-    first, *rest = pattern.split("*")
-    if not rest:
-        return name == first
-    *middle, last = rest
-    if not name.startswith(first):
-        return False
-    at = len(first)
-    for part in middle:
-        found = name.find(part, at)
-        if found < 0:
-            return False
-        at = found + len(part)
-    return name.endswith(last) and len(name) - len(last) >= at
 
 
 def check_releaser(model: models_pb2.Model, caller: Caller, what: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from services.gateway.filters import authentication, model
-from services.gateway.filters.chain import discovered, fixed, typed
+from services.gateway.filters import authentication, local_limits, model
+from services.gateway.filters.chain import CHOICE, COMPOSITE, discovered, fixed, typed
 
 if TYPE_CHECKING:
     from services.gateway.listener import Entry
@@ -19,6 +19,9 @@ def stack() -> list[dict[str, Any]]:
         model.of_grpc(),
         model.of_rest(),
         model.as_state(),
+        # A client that is refused by its own limit takes nothing from what others share.
+        discovered(local_limits.CLIENTS, CHOICE, COMPOSITE),
+        discovered(local_limits.MODELS, CHOICE, COMPOSITE),
         model.scripts(),
         fixed("router", typed("router.v3.Router", {"suppress_envoy_headers": True})),
     ]
@@ -29,4 +32,5 @@ def extensions(view: View, entry: Entry) -> list[dict[str, Any]]:
     made = {
         authentication.NAME: authentication.authentication(entry.jwks),
     }
-    return [{"name": name, "typed_config": config} for name, config in made.items()]
+    found = [{"name": name, "typed_config": config} for name, config in made.items()]
+    return [*found, *local_limits.local_limits(view)]

@@ -15,7 +15,7 @@ from typing import Any
 from services.core.errors import InvalidInput, ModelNotFound, to_rpc_status
 from services.gateway import replies
 from services.gateway.descriptors import descriptor_set, extractions
-from services.gateway.filters.chain import fixed, typed
+from services.gateway.filters.chain import fixed, structured, typed
 
 MODEL = "lingqu.model"
 REST_METADATA = "lingqu.rest"
@@ -58,19 +58,24 @@ def as_state() -> dict[str, Any]:
         "skip_if_empty": True,
     }
     config = {"on_request_headers": [value], "clear_route_cache": True}
-    # As a struct, because xds-protos 1.85 does not know clear_route_cache, and Envoy does.
-    kind = typed("set_filter_state.v3.Config", {})["@type"]
-    struct = {"@type": "type.googleapis.com/xds.type.v3.TypedStruct", "type_url": kind, "value": config}
-    return fixed("set_filter_state", struct)
+    return fixed("set_filter_state", structured("set_filter_state.v3.Config", config))
 
 
 def by_model(branches: Mapping[str, Any], *, rest: bool = False) -> dict[str, Any]:
     """A matcher's tree with a branch a model. What came out of a message is a JSON list of all values of the
     field, so that a field that is sent twice is no model's name; what came out of JSON is the name itself."""
+    return _tree({name if rest else f'["{name}"]': branch for name, branch in branches.items()})
+
+
+def by_any_model(branches: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for both kinds of requests."""
+    return _tree({spelt: branch for name, branch in branches.items() for spelt in (name, f'["{name}"]')})
+
+
+def _tree(branches: Mapping[str, Any]) -> dict[str, Any]:
     kind = "type.googleapis.com/envoy.extensions.matching.common_inputs.network.v3.FilterStateInput"
-    config = {"@type": kind, "key": MODEL}
-    named = {name if rest else f'["{name}"]': branch for name, branch in branches.items()}
-    return {"input": {"name": MODEL, "typed_config": config}, "exact_match_map": {"map": named}}
+    source = {"name": MODEL, "typed_config": {"@type": kind, "key": MODEL}}
+    return {"input": source, "exact_match_map": {"map": dict(branches)}}
 
 
 def scripts() -> dict[str, Any]:
