@@ -6,12 +6,12 @@ import argparse
 import asyncio
 import sys
 
-from bench import gateway, held, peers, startup, suite, tensor, text, vectors
+from bench import gateway, held, peers, rest, startup, suite, tensor, text, vectors
 from bench.report import Target
 
 OFFSET = 1000
 MEASURES = {"tensor": tensor.measure, "text": text.measure, "vectors": vectors.measure, "held": held.measure}
-MEASURES |= {"gateway": gateway.measure, "peers": peers.measure}
+MEASURES |= {"gateway": gateway.measure, "rest": rest.measure, "peers": peers.measure}
 
 
 async def main(names: list[str]) -> int:

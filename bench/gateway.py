@@ -91,12 +91,15 @@ def _measure(suite: Suite) -> list[Target]:
     return found
 
 
-def policies(suite: Suite, clients: int = CLIENTS) -> Snapshot:
-    """The snapshot of a suite whose one replica is `suite`'s Triton, with so many clients."""
-    version = Version(VersionKey("echo", 1), "file:///x", "0", "tensor", "python")
-    replica = Replica("r", "inference", {"oip": suite.triton}, (Hosted(version.key, READY),))
-    models = [Model("echo", (version,), ((1, 100),))]
-    known = tuple(Client(f"c{n}", ("echo", "other-*")) for n in range(clients))
+def policies(suite: Suite, *, rest: str = "") -> Snapshot:
+    """A suite with CLIENTS clients, whose one replica is the Triton of `suite` with a model "echo",
+    or something at `rest` that answers OpenAI's API for a model "mock"."""
+    name, task = ("mock", "generate") if rest else ("echo", "tensor")
+    version = Version(VersionKey(name, 1), "file:///x", "0", task, "python")
+    endpoints = {"http": rest} if rest else {"oip": suite.triton}
+    replica = Replica("r", "inference", endpoints, (Hosted(version.key, READY),))
+    models = [Model(name, (version,), ((1, 100),))]
+    known = tuple(Client(f"c{n}", (name, "other-*")) for n in range(CLIENTS))
     keys = json.loads(suite.layout.jwks.read_text())
     entry = Entry(suite.public, "127.0.0.1:1", keys)
     return snapshot(view([replica], models, Access((*known, Client("dev", ("*",))))), entry)
