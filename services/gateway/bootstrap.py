@@ -1,16 +1,30 @@
-"""Envoy's bootstrap: who it is, where its control plane is, and nothing else."""
+"""Envoy's bootstrap: who it is, where its control plane is, what it does when memory runs short, and nothing
+else."""
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Any
 
 from services.gateway.clusters import socket_address
 
+HEAP_BYTES = 1 << 30
+MAX_CONNECTIONS = 20_000
+_HEAP = "envoy.resource_monitors.fixed_heap"
+_CONNECTIONS = "envoy.resource_monitors.global_downstream_max_connections"
+# A stream that holds at least this much, a power of two, may be reset when memory runs short.
+_EXPENSIVE_BYTES_LOG2 = 18
 
-def bootstrap(node_id: str, control: str, admin: str) -> dict[str, Any]:
-    """To be written as JSON and given to `envoy -c`. `control` and `admin` are "host:port"."""
+
+def bootstrap(node_id: str, control: str, admin: str, heap_bytes: int = HEAP_BYTES) -> dict[str, Any]:
+    """To be written as JSON and given to `envoy -c`. `control` and `admin` are "host:port"; the latter has no
+    authentication and must be on loopback (ValueError otherwise). `heap_bytes`: what Envoy may allocate."""
+    host = admin.rpartition(":")[0].strip("[]")
+    if host != "localhost" and not ip_address(host).is_loopback:
+        raise ValueError(f"Envoy's admin interface would be open to others on {admin}")
     return {
         "node": {"id": node_id, "cluster": "lingqu"},
+        "overload_manager": _overload(heap_bytes),
         "admin": {"address": socket_address(admin)},
         "dynamic_resources": {
             "ads_config": {
@@ -49,3 +63,55 @@ def bootstrap(node_id: str, control: str, admin: str) -> dict[str, Any]:
             "layers": [{"name": "static", "static_layer": {"tracing.opentelemetry.flush_interval_ms": 500}}]
         },
     }
+
+
+def _overload(heap_bytes: int) -> dict[str, Any]:
+    """Before the kernel ends Envoy: idle connections go, then the streams that hold most, then new requests,
+    then new connections. Shares of `heap_bytes`."""
+    monitors = "type.googleapis.com/envoy.extensions.resource_monitors"
+    timers = [
+        {"timer": "HTTP_DOWNSTREAM_CONNECTION_IDLE", "min_timeout": "2s"},
+        {"timer": "HTTP_DOWNSTREAM_STREAM_IDLE", "min_timeout": "2s"},
+    ]
+    timeouts = {
+        "@type": "type.googleapis.com/envoy.config.overload.v3.ScaleTimersOverloadActionConfig",
+        "timer_scale_factors": timers,
+    }
+    return {
+        "refresh_interval": "0.25s",
+        "resource_monitors": [
+            {
+                "name": _HEAP,
+                "typed_config": {
+                    "@type": f"{monitors}.fixed_heap.v3.FixedHeapConfig",
+                    "max_heap_size_bytes": heap_bytes,
+                },
+            },
+            {
+                "name": _CONNECTIONS,
+                "typed_config": {
+                    "@type": f"{monitors}.downstream_connections.v3.DownstreamConnectionsConfig",
+                    "max_active_downstream_connections": MAX_CONNECTIONS,
+                },
+            },
+        ],
+        "buffer_factory_config": {"minimum_account_to_track_power_of_two": _EXPENSIVE_BYTES_LOG2},
+        "actions": [
+            {**_between("reduce_timeouts", 0.80, 0.95), "typed_config": timeouts},
+            _between("reset_high_memory_stream", 0.85, 0.95),
+            _above("shrink_heap", 0.90),
+            _above("disable_http_keepalive", 0.92),
+            _above("stop_accepting_requests", 0.95),
+            _above("reject_incoming_connections", 0.98),
+        ],
+    }
+
+
+def _above(action: str, share: float) -> dict[str, Any]:
+    trigger = {"name": _HEAP, "threshold": {"value": share}}
+    return {"name": f"envoy.overload_actions.{action}", "triggers": [trigger]}
+
+
+def _between(action: str, share: float, full: float) -> dict[str, Any]:
+    scaled = {"scaling_threshold": share, "saturation_threshold": full}
+    return {"name": f"envoy.overload_actions.{action}", "triggers": [{"name": _HEAP, "scaled": scaled}]}

@@ -61,7 +61,13 @@ _CONNECTIONS: dict[str, Any] = {
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
             "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
             "explicit_http_config": {
-                "http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "5s"}}
+                "http2_protocol_options": {
+                    # A client that reads nothing makes Envoy keep so much of its answer, ...
+                    "initial_stream_window_size": 64 << 10,
+                    # ... and however many do, others go on over the same connection.
+                    "initial_connection_window_size": 1 << 30,
+                    "connection_keepalive": {"interval": "30s", "timeout": "5s"},
+                }
             },
         }
     },

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.core.errors import (
     BackendUnavailable,
+    DeadlinePassed,
     LimitReached,
     MessageTooLarge,
     NotFound,
@@ -15,7 +16,7 @@ from services.core.errors import (
     Unauthenticated,
 )
 from services.core.rest import MAX_BODY_BYTES
-from services.gateway import filters, replies
+from services.gateway import edge, filters, replies
 from services.gateway.clusters import ADS, TRACES, socket_address
 from services.gateway.filters.local_limits import LIMIT_HEADER, concurrency_refusals
 from services.gateway.headers import CLIENT_HEADER, MODEL_HEADER, VERSION_HEADER
@@ -32,6 +33,7 @@ class Entry:
     control: str
     jwks: Mapping[str, object]
     traces: str = ""
+    times: edge.Times = field(default_factory=edge.Times)
 
 
 def listener(entry: Entry) -> dict[str, Any]:
@@ -40,14 +42,9 @@ def listener(entry: Entry) -> dict[str, Any]:
         "http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "public",
         "codec_type": "AUTO",
-        "stream_idle_timeout": "0s",
-        "use_remote_address": True,
-        # What nobody reads costs every request: the id of a request (a trace has its own) and the address
-        # of its client are not passed on.
+        **edge.connection_manager(entry.times),
+        # What nobody reads costs every request: a trace has an id of its own.
         "generate_request_id": bool(entry.traces),
-        "skip_xff_append": True,
-        "server_header_transformation": "PASS_THROUGH",
-        "normalize_path": True,
         "rds": {"config_source": ADS, "route_config_name": ROUTES},
         "early_header_mutation_extensions": [_strip_own_headers()],
         "http_filters": filters.stack(),
@@ -69,12 +66,14 @@ def listener(entry: Entry) -> dict[str, Any]:
         "name": LISTENER,
         "address": socket_address(entry.listen),
         "enable_reuse_port": False,
+        "per_connection_buffer_limit_bytes": edge.BUFFER_BYTES,
         "filter_chains": [chain],
     }
 
 
 def _mappers() -> list[dict[str, Any]]:
     """What Envoy refuses by itself, in the words and with the details that every other error has."""
+    too_slow = DeadlinePassed("the request did not come in the time that the gateway waits for one")
     by_details = {
         "grpc_field_extraction_FAILED_PRECONDITION": MessageTooLarge(
             "the gateway reads messages up to 16 MiB"
@@ -82,6 +81,9 @@ def _mappers() -> list[dict[str, Any]]:
         "Jwt_is_missing": Unauthenticated("no key was sent: authorization: Bearer <key>"),
         "Jwt_is_expired": Unauthenticated("the key has expired"),
         "Audiences_in_Jwt_are_not_allowed": PermissionDenied("the key is not for this suite"),
+        "stream_idle_timeout": too_slow,
+        "max_duration_timeout": too_slow,
+        "overload": BackendUnavailable("the gateway is short of memory; try again"),
     }
     by_status = {
         401: Unauthenticated("the key is malformed, of another issuer, or was not signed by this suite"),

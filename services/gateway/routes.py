@@ -9,19 +9,35 @@ from services.core.errors import LingquError, Unimplemented
 from services.core.rest import MAX_BODY_BYTES
 from services.gateway import replies
 from services.gateway.clusters import ANY_REST, ANY_TRITON, CONTROL, backends
-from services.gateway.descriptors import OPEN_PREFIXES, TENSOR_SERVER, TENSOR_SERVICE, TEXT_SERVICE
+from services.gateway.descriptors import (
+    OPEN_PREFIXES,
+    TENSOR_DESCRIPTION,
+    TENSOR_INFERENCE,
+    TENSOR_SERVER,
+    TENSOR_SERVICE,
+    TEXT_METHODS,
+    TEXT_SERVICE,
+)
+from services.gateway.edge import MAX_MESSAGE_BYTES
 from services.gateway.filters import model
 from services.gateway.headers import MODEL_HEADER, VERSION_HEADER
 from services.gateway.view import Target, View
 
 ROUTES = "public"
 ROUTE = "lingqu"  # metadata of a route: which model and version it is for
+NAMING_MODELS = {TEXT_SERVICE: TEXT_METHODS, TENSOR_SERVICE: (*TENSOR_INFERENCE, *TENSOR_DESCRIPTION)}
 JSON = "envoy.filters.http.json_to_metadata"
 # Requests that name a model in their JSON body, and whatever else REST answers.
 REST_WITH_MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 REST_OTHERS = ("/v1/", "/openapi.json")
 REST_SERVICE = "rest"
-UNBOUNDED = {"timeout": "0s", "idle_timeout": "0s", "max_stream_duration": {"grpc_timeout_header_max": "0s"}}
+# Streams and answers may take as long as their client waits, but not be silent for ever both ways.
+SILENCE = "3600s"
+UNBOUNDED = {
+    "timeout": "0s",
+    "idle_timeout": SILENCE,
+    "max_stream_duration": {"max_stream_duration": "0s", "grpc_timeout_header_max": "0s"},
+}
 
 
 def routes(view: View) -> dict[str, Any]:
@@ -46,7 +62,7 @@ def routes(view: View) -> dict[str, Any]:
         **{prefix: _action(to_control) for prefix in (*OPEN_PREFIXES, "/lingqu.gateway.v1.GatewayService/")},
         **{f"/{TENSOR_SERVICE}/{method}": _action(to_any_triton) for method in TENSOR_SERVER},
         **{
-            f"/{service}/": _by_model(known, _action(elsewhere))
+            f"/{service}/": _by_model(known, _unread(service, elsewhere))
             for service, known in by_model.items()
             if service != REST_SERVICE
         },
@@ -55,6 +71,22 @@ def routes(view: View) -> dict[str, Any]:
     }
     tree = {"matcher_tree": _by_path(services), "on_no_match": _action(elsewhere)}
     return {"name": ROUTES, "virtual_hosts": [{"name": "all", "domains": ["*"], "matcher": tree}]}
+
+
+def _unread(service: str, elsewhere: dict[str, Any]) -> dict[str, Any]:
+    """Where requests come by that have not been read yet, within the times of edge.py, and where those stay
+    that name no known model: a script answers them, so that they go nowhere."""
+    reading = {
+        "route": {"cluster": CONTROL, "timeout": "0s"},
+        "typed_per_filter_config": elsewhere["typed_per_filter_config"],
+        "request_body_buffer_limit": MAX_MESSAGE_BYTES,
+    }
+    branches = dict.fromkeys((f"/{service}/{method}" for method in NAMING_MODELS[service]), _action(reading))
+    if service == TENSOR_SERVICE:
+        # Triton's clients open their stream first, and ask when there is something to ask.
+        route = {**reading, "route": {"cluster": CONTROL, **UNBOUNDED}}
+        branches[f"/{service}/ModelStreamInfer"] = _action(route)
+    return {"matcher": {"matcher_tree": _by_path(branches), "on_no_match": _action(elsewhere)}}
 
 
 def _rest(known: dict[str, Any]) -> dict[str, Any]:
@@ -78,8 +110,9 @@ def _by_model(known: dict[str, Any], otherwise: dict[str, Any], *, rest: bool = 
 
 
 def _to_any_rest() -> dict[str, Any]:
+    """Within the times of edge.py, since nothing has been read."""
     return {
-        "route": {"cluster": ANY_REST, **UNBOUNDED, "retry_policy": _REST_RETRIES},
+        "route": {"cluster": ANY_REST, "timeout": "0s", "retry_policy": _REST_RETRIES},
         "request_headers_to_remove": ["authorization"],
     }
 

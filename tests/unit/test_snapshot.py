@@ -142,7 +142,7 @@ def test_rest_is_split_as_grpc_is_and_told_its_version() -> None:
     for route in routes:
         version = route["route"]["cluster"].rpartition("/")[2]
         added = {h["header"]["key"]: h["header"]["value"] for h in route["request_headers_to_add"]}
-        assert added == {"x-lingqu-model-version": version}
+        assert added == {"x-lingqu-model": "m", "x-lingqu-model-version": version}
         assert route["request_headers_to_remove"] == ["authorization"]
     shares = [r["match"]["runtime_fraction"]["default_value"]["numerator"] for r in routes]
     assert shares == [900_000, 1_000_000] * 3

@@ -1,0 +1,165 @@
+"""A real Envoy with the gateway's own configuration, in front of servers in the test's process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+from tritonclient.grpc import service_pb2 as oip
+from tritonclient.grpc import service_pb2_grpc as oip_grpc
+
+from deploy.local.layout import ENVOY_ADMIN, PUBLIC, Layout
+from deploy.local.parts import envoy
+from lingqu.inference.v1 import inference_pb2 as pb
+from lingqu.inference.v1.inference_pb2_grpc import (
+    InferenceServiceServicer,
+    InferenceServiceStub,
+    add_InferenceServiceServicer_to_server,
+)
+from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
+from services.gateway.bootstrap import bootstrap
+from services.gateway.keys import KeyRing
+from services.gateway.listener import Entry
+from services.gateway.snapshot import snapshot
+from services.gateway.view import view
+from tests.conftest import free_offset
+from tests.statics import static
+from tests.waiting import until
+
+TEXT = "writer"
+TENSOR = "numbers"
+
+
+@dataclass
+class Backend(InferenceServiceServicer, oip_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Answers prompts with themselves, `top_k` times, and streamed a word a chunk; tensors with nothing.
+    `hold`: streams wait for it after their first chunk. `error`: what unary calls end with."""
+
+    hold: asyncio.Event = field(default_factory=asyncio.Event)
+    error: Exception | None = None
+    asked: list[tuple[Any, dict[str, str]]] = field(default_factory=list)
+
+    def _heard(self, request: Any, context: Any) -> None:
+        self.asked.append((request, {k: str(v) for k, v in context.invocation_metadata()}))
+        if self.error is not None:
+            raise self.error
+
+    async def Generate(self, request: Any, context: Any) -> Any:
+        self._heard(request, context)
+        text = request.prompt * (request.top_k or 1)
+        return pb.GenerateResponse(text=text, finish_reason=pb.FINISH_REASON_STOP, model_version="1")
+
+    async def StreamGenerate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self._heard(request, context)
+        words = request.prompt.split()
+        for index, word in enumerate(words):
+            last = index == len(words) - 1
+            yield pb.GenerateChunk(text=word, finish_reason=pb.FINISH_REASON_STOP if last else 0)
+            if not last:
+                await self.hold.wait()
+
+    async def Embed(self, request: Any, context: Any) -> Any:
+        self._heard(request, context)
+        return pb.EmbedResponse(embeddings=[pb.Embedding(values=[0.5, 1.0])] * len(request.inputs))
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        self._heard(request, context)
+        return oip.ModelInferResponse(model_name=request.model_name, id=request.id)
+
+    async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        async for request in requests:
+            self._heard(request, context)
+            answer = oip.ModelInferResponse(model_name=request.model_name)
+            yield oip.ModelStreamInferResponse(infer_response=answer)
+
+
+@dataclass
+class Gateway:
+    """`address`: of the public port. `key`: of client "tester"."""
+
+    address: str
+    admin: str
+    key: str
+    pid: int
+    backend: Backend
+    folder: Path
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.key}"),)
+
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[grpc.aio.Channel]:
+        sizes = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
+        options = [*sizes, ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(self.address, options=options) as channel:
+            yield channel
+
+    async def serves(self) -> bool:
+        """Whether a request gets its answer."""
+        async with self.channel() as channel:
+            try:
+                stub: Any = InferenceServiceStub(channel)
+                request = pb.GenerateRequest(model=TEXT, prompt="well?")
+                answer = await stub.Generate(request, metadata=self.metadata, timeout=2)
+            except grpc.aio.AioRpcError:
+                return False
+            return bool(answer.text == "well?")
+
+    @property
+    def memory(self) -> int:
+        """Resident, bytes."""
+        return int(psutil.Process(self.pid).memory_info().rss)
+
+
+@asynccontextmanager
+async def running(folder: Path, heap_bytes: int = 512 << 20, **entry: Any) -> AsyncIterator[Gateway]:
+    """`entry`: fields of the gateway's Entry. Models: TEXT and TENSOR, both with one ready replica."""
+    layout = Layout(folder, free_offset())
+    backend = Backend()
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
+    add_InferenceServiceServicer_to_server(backend, server)
+    oip_grpc.add_GRPCInferenceServiceServicer_to_server(backend, server)
+    upstream = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    tasks = {TEXT: "generate", TENSOR: "tensor"}
+    models = [
+        Model(name, (Version(VersionKey(name, 1), "file:///x", "0", task, "x"),), ((1, 100),))
+        for name, task in tasks.items()
+    ]
+    hosted = tuple(Hosted(VersionKey(name, 1), READY) for name in tasks)
+    endpoints = {"grpc": upstream, "oip": upstream, "http": "127.0.0.1:1"}
+    replica = Replica("one", "inference", endpoints, hosted)
+    keys = KeyRing.at(folder / "key.pem")
+    made = replace(Entry(layout.address(PUBLIC), "127.0.0.1:1", keys.jwks()), **entry)
+    boot = bootstrap("test", "127.0.0.1:1", layout.address(ENVOY_ADMIN), heap_bytes)
+    del boot["dynamic_resources"]
+    config = folder / "envoy.json"
+    config.write_text(json.dumps(boot | static(snapshot(view([replica], models), made))))
+    log = folder / "envoy.log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            envoy(layout).argv[0], "-c", str(config), "--disable-hot-restart", "--concurrency", "1",
+            "--log-level", "warn", stderr=output,
+        )  # fmt: skip
+    gateway = Gateway(
+        made.listen, layout.address(ENVOY_ADMIN), keys.mint("tester").key, process.pid, backend, folder
+    )
+    try:
+        await until(gateway.serves, f"Envoy serves:\n{log.read_text()}")
+        backend.asked.clear()
+        yield gateway
+        assert process.returncode is None, f"Envoy did not live to the end:\n{log.read_text()}"
+    finally:
+        backend.hold.set()
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+        await server.stop(0)
