@@ -68,9 +68,7 @@ def set_(
     concurrent_requests: Limit = None,
     tokens_per_minute: Limit = None,
     tokens_per_day: Limit = None,
-    disabled: Annotated[
-        bool | None, typer.Option(help="The registry refuses all its keys; gateways will later.")
-    ] = None,
+    disabled: Annotated[bool | None, typer.Option(help="Refuse all its keys.")] = None,
     output: Output = Format.table,
 ) -> None:
     """Create a client, or change one; what is not named stays."""

@@ -146,18 +146,18 @@ def revoke(
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
     output: Output = Format.table,
 ) -> None:
-    """Take a key back. The registry refuses it from now on; gateways do not look at that yet."""
+    """Take a key back: it is refused from now on."""
     request = access_pb2.RevokeKeyRequest(key_id=key_id, client=client, reason=reason)
     key = clients.call(context.obj, lambda stub: stub.RevokeKey, request).key
     if output == Format.json:
         as_json(key)
     else:
-        out.print(f"{escape(key.key_id)}: revoked; gateways do not look at that yet")
+        out.print(f"{escape(key.key_id)}: revoked")
 
 
 @keys.command("revoked")
 def revoked(context: typer.Context, output: Output = Format.table) -> None:
-    """The keys that were taken back. The registry refuses them; gateways will later."""
+    """The keys that were taken back."""
     request = access_pb2.ListRevokedKeysRequest()
     answer = clients.call(context.obj, lambda stub: stub.ListRevokedKeys, request)
     if output == Format.json:

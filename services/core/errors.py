@@ -140,6 +140,18 @@ class Unauthenticated(LingquError):
     reason = "UNAUTHENTICATED"
 
 
+class KeyRevoked(Unauthenticated):
+    """The key was taken back."""
+
+    reason = "KEY_REVOKED"
+
+
+class ClientDisabled(Unauthenticated):
+    """None of the client's keys works for the time being."""
+
+    reason = "CLIENT_DISABLED"
+
+
 class Unimplemented(LingquError):
     code = grpc.StatusCode.UNIMPLEMENTED
     reason = "UNIMPLEMENTED"
@@ -148,6 +160,18 @@ class Unimplemented(LingquError):
 class PermissionDenied(LingquError):
     code = grpc.StatusCode.PERMISSION_DENIED
     reason = "PERMISSION_DENIED"
+
+
+class ModelNotAllowed(PermissionDenied):
+    """The client, or the key by itself, may call other models only."""
+
+    reason = "MODEL_NOT_ALLOWED"
+
+
+class UnknownClient(PermissionDenied):
+    """The registry has no record of the client, and this suite serves those it knows."""
+
+    reason = "UNKNOWN_CLIENT"
 
 
 class QueueFull(LingquError):

@@ -15,6 +15,9 @@ from services.core.errors import BackendUnavailable, LingquError, PermissionDeni
 ISSUER = "lingqu"
 AUDIENCE = "lingqu"
 ADMIN = "admin"
+# Models that a key is for, if not for all that its client may call: names in which '*' may stand for any
+# text, with spaces between them.
+MODELS_CLAIM = "models"
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,8 @@ class GatewaySettings(Settings):
     signing_key: Path = Path(".lingqu/gateway/signing.pem")
     jwks: Path | None = None
     """Where the public half is written, for those who have to know callers; default: jwks.json beside it."""
+    known_clients_only: bool = False
+    """Whether clients without a record in the registry are refused; otherwise they may call every model."""
     dev_key: Path | None = None
     """If set, an admin key is written there at start, valid for 30 days."""
 
@@ -105,6 +107,7 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
             control=cfg.gateway_address or cfg.gateway_listen,
             jwks=keys.jwks(),
             traces=cfg.otlp_endpoint,
+            known_clients_only=cfg.known_clients_only,
         )
         control = ControlPlane(entry, registry)
         ads = Ads(control.snapshots)

@@ -19,7 +19,7 @@ from services.core.rest import MAX_BODY_BYTES
 from services.gateway import edge, filters, replies
 from services.gateway.clusters import ADS, TRACES, socket_address
 from services.gateway.filters.local_limits import LIMIT_HEADER, concurrency_refusals
-from services.gateway.headers import CLIENT_HEADER, MODEL_HEADER, VERSION_HEADER
+from services.gateway.headers import OWN_HEADERS
 from services.gateway.routes import ROUTES
 
 LISTENER = "public"
@@ -34,6 +34,7 @@ class Entry:
     jwks: Mapping[str, object]
     traces: str = ""
     times: edge.Times = field(default_factory=edge.Times)
+    known_clients_only: bool = False
 
 
 def listener(entry: Entry) -> dict[str, Any]:
@@ -80,13 +81,16 @@ def _mappers() -> list[dict[str, Any]]:
         ),
         "Jwt_is_missing": Unauthenticated("no key was sent: authorization: Bearer <key>"),
         "Jwt_is_expired": Unauthenticated("the key has expired"),
+        "Jwt_not_yet_valid": Unauthenticated("the key is not valid yet"),
         "Audiences_in_Jwt_are_not_allowed": PermissionDenied("the key is not for this suite"),
         "stream_idle_timeout": too_slow,
         "max_duration_timeout": too_slow,
         "overload": BackendUnavailable("the gateway is short of memory; try again"),
+        **filters.access.DENIALS,
     }
     by_status = {
         401: Unauthenticated("the key is malformed, of another issuer, or was not signed by this suite"),
+        403: filters.access.OTHER_DENIAL,
         503: BackendUnavailable("no replica can answer at the moment; try again"),
     }
     only_rest = {
@@ -141,6 +145,6 @@ def _strip_own_headers() -> dict[str, Any]:
         "typed_config": {
             "@type": "type.googleapis.com/"
             "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
-            "mutations": [{"remove": name} for name in (CLIENT_HEADER, MODEL_HEADER, VERSION_HEADER)],
+            "mutations": [{"remove": name} for name in OWN_HEADERS],
         },
     }

@@ -31,6 +31,8 @@ JSON = "envoy.filters.http.json_to_metadata"
 REST_WITH_MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 REST_OTHERS = ("/v1/", "/openapi.json")
 REST_SERVICE = "rest"
+# Routes of its own, for a script of its own.
+TENSOR_STREAM = f"{TENSOR_SERVICE}/ModelStreamInfer"
 # Streams and answers may take as long as their client waits, but not be silent for ever both ways.
 SILENCE = "3600s"
 UNBOUNDED = {
@@ -47,7 +49,9 @@ def routes(view: View) -> dict[str, Any]:
         "route": {"cluster": ANY_TRITON, **UNBOUNDED},
         "request_headers_to_remove": ["authorization"],
     }
-    kinds = {TEXT_SERVICE: "text", TENSOR_SERVICE: "tensor", REST_SERVICE: ANY_REST}
+    kinds = {
+        TEXT_SERVICE: "text", TENSOR_SERVICE: "tensor", TENSOR_STREAM: "tensor", REST_SERVICE: ANY_REST
+    }  # fmt: skip
     by_model: dict[str, dict[str, Any]] = {service: {} for service in kinds}
     for service, known in by_model.items():
         for name, targets in itertools.groupby(view.targets, key=lambda target: target.model):
@@ -62,7 +66,9 @@ def routes(view: View) -> dict[str, Any]:
         **{prefix: _action(to_control) for prefix in (*OPEN_PREFIXES, "/lingqu.gateway.v1.GatewayService/")},
         **{f"/{TENSOR_SERVICE}/{method}": _action(to_any_triton) for method in TENSOR_SERVER},
         **{
-            f"/{service}/": _by_model(known, _unread(service, elsewhere))
+            f"/{service}{'' if service == TENSOR_STREAM else '/'}": _by_model(
+                known, _unread(service, elsewhere)
+            )
             for service, known in by_model.items()
             if service != REST_SERVICE
         },
@@ -81,11 +87,10 @@ def _unread(service: str, elsewhere: dict[str, Any]) -> dict[str, Any]:
         "typed_per_filter_config": elsewhere["typed_per_filter_config"],
         "request_body_buffer_limit": MAX_MESSAGE_BYTES,
     }
-    branches = dict.fromkeys((f"/{service}/{method}" for method in NAMING_MODELS[service]), _action(reading))
-    if service == TENSOR_SERVICE:
+    if service == TENSOR_STREAM:
         # Triton's clients open their stream first, and ask when there is something to ask.
-        route = {**reading, "route": {"cluster": CONTROL, **UNBOUNDED}}
-        branches[f"/{service}/ModelStreamInfer"] = _action(route)
+        return _action({**reading, "route": {"cluster": CONTROL, **UNBOUNDED}})
+    branches = dict.fromkeys((f"/{service}/{method}" for method in NAMING_MODELS[service]), _action(reading))
     return {"matcher": {"matcher_tree": _by_path(branches), "on_no_match": _action(elsewhere)}}
 
 
@@ -100,7 +105,8 @@ def _rest(known: dict[str, Any]) -> dict[str, Any]:
         "request_body_buffer_limit": MAX_BODY_BYTES,
     }
     unread = _action({**_to_any_rest(), **reading})
-    return _by_model(known, unread, rest=True)
+    unnamed = {**_to_any_rest(), "request_headers_to_add": _added({MODEL_HEADER: model.NO_MODEL})}
+    return _by_model({**known, model.NO_MODEL: _action(unnamed)}, unread, rest=True)
 
 
 def _by_model(known: dict[str, Any], otherwise: dict[str, Any], *, rest: bool = False) -> dict[str, Any]:
@@ -147,6 +153,7 @@ def _split(shares: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
 
 def _model_route(service: str, cluster: str, target: Target) -> dict[str, Any]:
     version = str(target.version)
+    tensor = service in (TENSOR_SERVICE, TENSOR_STREAM)
     route: dict[str, Any] = {
         "route": {
             "cluster": cluster,
@@ -155,19 +162,25 @@ def _model_route(service: str, cluster: str, target: Target) -> dict[str, Any]:
         },
         "request_headers_to_remove": ["authorization"],
     }
-    if service != TENSOR_SERVICE:
+    if not tensor:
         added = {VERSION_HEADER: version}
         if service == REST_SERVICE:
             added[MODEL_HEADER] = target.model
-        route["request_headers_to_add"] = [
-            {"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
-            for key, value in added.items()
-        ]
+        route["request_headers_to_add"] = _added(added)
     route["metadata"] = {"filter_metadata": {ROUTE: {"model": target.model, "version": version}}}
-    if service == TENSOR_SERVICE and target.pinned:
+    if service == TENSOR_STREAM:
+        route["typed_per_filter_config"] = model.script(model.STREAM)
+    if tensor and target.pinned:
         route["metadata"]["filter_metadata"][model.LUA] = {"pin": version}
-        route["typed_per_filter_config"] = model.script(model.PIN)
+        route.setdefault("typed_per_filter_config", model.script(model.PIN))
     return route
+
+
+def _added(headers: dict[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+        for key, value in headers.items()
+    ]
 
 
 # Inference has no side effects, so a request whose answer has not begun may run again elsewhere. Waits add

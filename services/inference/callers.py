@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
+from services.core.errors import InvalidInput, ModelNotFound
 from services.core.interceptors import Context
 
 CLIENT_HEADER = "x-lingqu-client"
+MODEL_HEADER = "x-lingqu-model"
+VERSION_HEADER = "x-lingqu-model-version"
 
 
 class Priority(IntEnum):
@@ -44,3 +47,15 @@ def caller(context: Context, priority: int) -> Caller:
         priority=Priority(priority) if priority in Priority.__members__.values() else Priority.NORMAL,
         deadline=None if left is None else time.monotonic() + left,
     )
+
+
+def routed_version(name: str, headers: Mapping[str, object]) -> str:
+    """The version that the gateway has chosen for a REST request which names model `name`; empty without a
+    gateway. Which models a client may call is decided by what the gateway has read: raises InvalidInput where
+    that is another name, and ModelNotFound where it knows no such model."""
+    read = headers.get(MODEL_HEADER)
+    if read is None and CLIENT_HEADER in headers:
+        raise ModelNotFound(name)
+    if read is not None and read != name:
+        raise InvalidInput("model", "was read otherwise by the gateway: name it once, in well-formed JSON")
+    return str(headers.get(VERSION_HEADER, ""))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lingqu.registry.v1 import access_pb2
-from services.core.errors import Unauthenticated
+from services.core.errors import ClientDisabled, KeyRevoked
 from services.core.identity import Caller, Callers, require
 from services.registry.keyspace import CLIENTS, REVOKED
 from services.registry.mirror import Mirror
@@ -21,13 +21,13 @@ class AdmittedCallers(Callers):
         self._mirror = mirror
 
     def of(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Caller:
-        """Raises Unauthenticated, saying which of the two it is."""
+        """Raises Unauthenticated, or KeyRevoked or ClientDisabled, which are two of its kinds."""
         caller = super().of(metadata)
         if caller.key_id and self._mirror.get(REVOKED + caller.key_id) is not None:
-            raise Unauthenticated(f'the key {caller.key_id} of client "{caller.client}" is revoked')
+            raise KeyRevoked(f'the key {caller.key_id} of client "{caller.client}" is revoked')
         record = self._mirror.get(CLIENTS + caller.client) if caller.client else None
         if record is not None and access_pb2.Client.FromString(record.value).disabled:
-            raise Unauthenticated(f'client "{caller.client}" is disabled')
+            raise ClientDisabled(f'client "{caller.client}" is disabled')
         return caller
 
     def check_admin(self, metadata: Iterable[tuple[str, str | bytes]] | None, what: str) -> None:

@@ -157,7 +157,9 @@ async def test_who_asks_arrives(client: httpx2.AsyncClient, fakes: Fakes) -> Non
         ("priority", Priority.INTERACTIVE), ("flex", Priority.BATCH), ("auto", Priority.NORMAL),
         (None, Priority.NORMAL),
     ):  # fmt: skip
-        await client.post(CHAT, json=chat(service_tier=tier), headers={"x-lingqu-client": "me"})
+        body = chat(service_tier=tier)
+        headers = {"x-lingqu-client": "me", "x-lingqu-model": str(body["model"])}
+        await client.post(CHAT, json=body, headers=headers)
         assert (fakes.callers[-1].client, fakes.callers[-1].priority) == ("me", priority)
     assert fakes.callers[-1].deadline is None
     await client.post(CHAT, json=chat(), headers={"x-request-timeout": "60"})

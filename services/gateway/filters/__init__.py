@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from services.gateway.filters import authentication, local_limits, model
+from services.gateway.filters import access, authentication, local_limits, model
 from services.gateway.filters.chain import CHOICE, COMPOSITE, discovered, fixed, typed
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ def stack() -> list[dict[str, Any]]:
         model.of_grpc(),
         model.of_rest(),
         model.as_state(),
+        discovered(access.NAME, access.TYPE),
+        access.key_models(),
         # A client that is refused by its own limit takes nothing from what others share.
         discovered(local_limits.CLIENTS, CHOICE, COMPOSITE),
         discovered(local_limits.MODELS, CHOICE, COMPOSITE),
@@ -31,6 +33,7 @@ def extensions(view: View, entry: Entry) -> list[dict[str, Any]]:
     """The configurations that may change while the listener stays."""
     made = {
         authentication.NAME: authentication.authentication(entry.jwks),
+        access.NAME: access.allowed(view.access, known_only=entry.known_clients_only),
     }
     found = [{"name": name, "typed_config": config} for name, config in made.items()]
     return [*found, *local_limits.local_limits(view)]

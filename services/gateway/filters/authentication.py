@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from services.core.identity import AUDIENCE, ISSUER
+from services.core.identity import AUDIENCE, ISSUER, MODELS_CLAIM
 from services.gateway.descriptors import OPEN_PREFIXES
 from services.gateway.filters.chain import typed
-from services.gateway.headers import CLIENT_HEADER
+from services.gateway.headers import CLIENT_HEADER, KEY_HEADER, KEY_MODELS_HEADER
 
 NAME = "authentication"
 TYPE = "jwt_authn.v3.JwtAuthentication"
+# Who asks, by which key: allow-lists and limits look at it, and inference is fair between clients.
+_HEADERS = {CLIENT_HEADER: "sub", KEY_HEADER: "jti", KEY_MODELS_HEADER: MODELS_CLAIM}
 
 
 def authentication(jwks: Mapping[str, object]) -> dict[str, Any]:
@@ -28,8 +30,7 @@ def authentication(jwks: Mapping[str, object]) -> dict[str, Any]:
         "from_headers": [
             {"name": "authorization", "value_prefix": f"{scheme} "} for scheme in ("Bearer", "bearer")
         ],
-        # Who asks: inference is fair between clients by it.
-        "claim_to_headers": [{"header_name": CLIENT_HEADER, "claim_name": "sub"}],
+        "claim_to_headers": [{"header_name": h, "claim_name": claim} for h, claim in _HEADERS.items()],
         "forward": True,  # the control plane checks scopes; routes to backends remove it
     }
     open_rules = [{"match": {"prefix": prefix}} for prefix in OPEN_PREFIXES]

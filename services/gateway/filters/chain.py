@@ -78,3 +78,21 @@ def by_header(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     source = {"@type": "type.googleapis.com/envoy.type.matcher.v3.HttpRequestHeaderMatchInput"}
     tree = {"input": {"name": name, "typed_config": {**source, "header_name": name}}}
     return lambda branches: {**tree, "exact_match_map": {"map": branches}}
+
+
+def when_present(name: str, header: str, filter_: dict[str, Any]) -> dict[str, Any]:
+    """A filter that only requests with that header pass through."""
+    source = {"@type": "type.googleapis.com/envoy.type.matcher.v3.HttpRequestHeaderMatchInput"}
+    predicate = {
+        "input": {"name": header, "typed_config": {**source, "header_name": header}},
+        "value_match": {"safe_regex": {"google_re2": {}, "regex": ".+"}},
+    }
+    action = {"action": {"name": "run", "typed_config": typed(_ACTION, {"typed_config": filter_})}}
+    choice = {
+        "@type": _CHOICE,
+        "xds_matcher": {
+            "matcher_list": {"matchers": [{"predicate": {"single_predicate": predicate}, "on_match": action}]}
+        },
+        "extension_config": {"name": "composite", "typed_config": typed(COMPOSITE, {})},
+    }
+    return {"name": name, "typed_config": choice}

@@ -2,8 +2,8 @@
 limits to look at.
 
 The name becomes a filter state (`MODEL`), set without any script: Lua for every request cost 6 µs of 45.
-Scripts run only where a route asks for one: to answer with the name of a model that is not there, and to add
-a version to a tensor request.
+Scripts run only where a route asks for one: to answer with the name of a model that is not there, to add a
+version to a tensor request, and to keep a stream of tensors to its model.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from services.gateway.descriptors import descriptor_set, extractions
 from services.gateway.filters.chain import fixed, structured, typed
 
 MODEL = "lingqu.model"
+# The model of a REST request whose body names none, or cannot be read.
+NO_MODEL = "<none>"
 REST_METADATA = "lingqu.rest"
 LUA = "envoy.filters.http.lua"
-PIN, UNKNOWN = "pin", "unknown"
+PIN, STREAM, UNKNOWN = "pin", "stream", "unknown"
 
 _EXTRACTED = "envoy.filters.http.grpc_field_extraction"
 # Whichever of them there is.
@@ -37,10 +39,13 @@ def of_grpc() -> dict[str, Any]:
 
 def of_rest() -> dict[str, Any]:
     """On only where routes.py says so, so that what is no REST request pays nothing. Whatever a client calls
-    its JSON is read: curl says that it is a form."""
-    on_present = {"metadata_namespace": REST_METADATA, "key": "model"}
+    its JSON is read: curl says that it is a form. What cannot be read is said to name no model, so that
+    inference finds none by reading it otherwise."""
+    target = {"metadata_namespace": REST_METADATA, "key": "model"}
+    nothing = {**target, "value": NO_MODEL}
+    selected = {"selectors": [{"key": "model"}], "on_present": target}
     rules = {
-        "rules": [{"selectors": [{"key": "model"}], "on_present": on_present}],
+        "rules": [{**selected, "on_missing": nothing, "on_error": nothing}],
         "allow_content_types_regex": {"regex": ".*"},
         "allow_empty_content_type": True,
     }
@@ -72,15 +77,20 @@ def by_any_model(branches: Mapping[str, Any]) -> dict[str, Any]:
     return _tree({spelt: branch for name, branch in branches.items() for spelt in (name, f'["{name}"]')})
 
 
-def _tree(branches: Mapping[str, Any]) -> dict[str, Any]:
+def state() -> dict[str, Any]:
+    """MODEL, for a matcher to look at."""
     kind = "type.googleapis.com/envoy.extensions.matching.common_inputs.network.v3.FilterStateInput"
-    source = {"name": MODEL, "typed_config": {"@type": kind, "key": MODEL}}
-    return {"input": source, "exact_match_map": {"map": dict(branches)}}
+    return {"name": MODEL, "typed_config": {"@type": kind, "key": MODEL}}
+
+
+def _tree(branches: Mapping[str, Any]) -> dict[str, Any]:
+    return {"input": state(), "exact_match_map": {"map": dict(branches)}}
 
 
 def scripts() -> dict[str, Any]:
     """Runs the script that a route names (`script`), and none elsewhere."""
-    sources = {name: {"inline_string": source} for name, source in ((PIN, _pin()), (UNKNOWN, _unknown()))}
+    texts = {PIN: source("pin.lua"), STREAM: source("stream.lua"), UNKNOWN: _unknown()}
+    sources = {name: {"inline_string": text} for name, text in texts.items()}
     return fixed("lua", typed("lua.v3.Lua", {"source_codes": sources}))
 
 
@@ -89,8 +99,9 @@ def script(name: str) -> dict[str, Any]:
     return {LUA: typed("lua.v3.LuaPerRoute", {"name": name})}
 
 
-def _pin() -> str:
-    return resources.files(__package__).joinpath("pin.lua").read_text()
+def source(file: str) -> str:
+    """A script that is beside this module."""
+    return resources.files(__package__).joinpath(file).read_text()
 
 
 def _unknown() -> str:
@@ -103,7 +114,7 @@ def _unknown() -> str:
         "@INVALID_STATUS@": replies.details_header(invalid),
         "@NOT_FOUND_DETAILS@": "".join(f"\\x{byte:02x}" for byte in status.SerializeToString()),
     }
-    source = resources.files(__package__).joinpath("unknown.lua").read_text()
+    text = source("unknown.lua")
     for name, value in values.items():
-        source = source.replace(name, value)
-    return source
+        text = text.replace(name, value)
+    return text

@@ -19,46 +19,11 @@ local function pin_unary(h, suffix)
   body:setBytes(prefix(bytes:byte(1), length + #suffix) .. bytes:sub(6) .. suffix)
 end
 
--- The same for a stream: messages may be split over chunks anywhere.
-local function pin_stream(h, suffix)
-  local head, left = "", 0
-  for chunk in h:bodyChunks() do
-    local size = chunk:length()
-    local bytes = size > 0 and chunk:getBytes(0, size) or ""
-    local out, at = {}, 1
-    while at <= #bytes do
-      if left == 0 then
-        local take = math.min(5 - #head, #bytes - at + 1)
-        head = head .. bytes:sub(at, at + take - 1)
-        at = at + take
-        if #head == 5 then
-          local flags, a, b, c, d = head:byte(1, 5)
-          left = ((a * 256 + b) * 256 + c) * 256 + d
-          out[#out + 1] = prefix(flags, left + #suffix)
-          head = ""
-          if left == 0 then out[#out + 1] = suffix end
-        end
-      else
-        local take = math.min(left, #bytes - at + 1)
-        out[#out + 1] = bytes:sub(at, at + take - 1)
-        at, left = at + take, left - take
-        if left == 0 then out[#out + 1] = suffix end
-      end
-    end
-    if size > 0 then chunk:setBytes(table.concat(out)) end
-  end
-end
-
 function envoy_on_request(h)
   local found = h:streamInfo():dynamicMetadata():get("envoy.filters.http.grpc_field_extraction")
   local version = found and (found["model_version"] or found["version"])
   if type(version) == "table" then version = version[1] end
   if version ~= nil and version ~= "" then return end
   local pin = h:metadata():get("pin")
-  local suffix = string.char(0x12, #pin) .. pin
-  if h:headers():get(":path"):find("ModelStreamInfer", 1, true) then
-    pin_stream(h, suffix)
-  else
-    pin_unary(h, suffix)
-  end
+  pin_unary(h, string.char(0x12, #pin) .. pin)
 end

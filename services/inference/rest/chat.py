@@ -49,7 +49,7 @@ class Chat:
         request = parsed(asked.body, ChatRequest)
         with jobs.openai_names(request, "messages"):
             job = to_job(request)
-        model = self._models.text(request.model, asked.routed)
+        model = self._models.text(request.model, asked.headers)
         heading = Heading.new("chatcmpl", request.model, model.key.version)
         caller = asked.caller(jobs.priority(request), stream=bool(request.stream))
         run = _Run(request, job, model, heading, caller)

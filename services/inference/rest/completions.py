@@ -54,7 +54,7 @@ class Completions:
     async def __call__(self, asked: Asked) -> Answer:
         request = parsed(asked.body, CompletionRequest)
         made = to_jobs(request)
-        model = self._models.text(request.model, asked.routed)
+        model = self._models.text(request.model, asked.headers)
         heading = Heading.new("cmpl", request.model, model.key.version)
         caller = asked.caller(jobs.priority(request), stream=bool(request.stream))
         run = _Run(request, made, model, heading, caller)

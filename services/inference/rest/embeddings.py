@@ -27,7 +27,7 @@ class Embeddings:
     async def __call__(self, asked: Asked) -> Answer:
         request = parsed(asked.body, EmbeddingRequest)
         job = to_job(request)
-        model = self._models.vector(request.model, asked.routed)
+        model = self._models.vector(request.model, asked.headers)
         try:
             vectors = await self._models.embed(model, job, asked.caller(Priority.NORMAL))
         except InvalidInput as err:

@@ -25,8 +25,6 @@ from services.inference.rest.answers import Answer, Whole
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 15.0
-MODEL_HEADER = "x-lingqu-model"
-VERSION_HEADER = "x-lingqu-model-version"
 TIMEOUT_HEADER = "x-request-timeout"
 # How long the openai package waits for the next byte: of an answer that comes whole, for all of it. Of a
 # stream it says nothing, as keep-alives come in between.
@@ -41,11 +39,6 @@ class Asked:
     body: bytes
     path: Mapping[str, str]
     limit: asyncio.Timeout
-
-    @property
-    def routed(self) -> tuple[str, str]:
-        """The model that the gateway has read and the version that it has chosen; empty without a gateway."""
-        return self.headers.get(MODEL_HEADER, ""), self.headers.get(VERSION_HEADER, "")
 
     def caller(self, priority: Priority, *, stream: bool = False) -> Caller:
         """Who asks; from now on the time that the caller gives is kept to. Raises InvalidInput."""

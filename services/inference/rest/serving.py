@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.core.errors import InvalidInput, WrongTask
+from services.core.errors import WrongTask
 from services.inference.admission import Admission
-from services.inference.callers import Caller
+from services.inference.callers import Caller, routed_version
 from services.inference.routing import Routing
 from services.inference.text import Delta, GenerateJob, TextModel
 from services.inference.vectors import VectorModel, Vectors
@@ -35,34 +35,25 @@ class Embed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """`routed` is what the gateway says: the model it has read, and the version it has chosen."""
+    """`headers` are those of the request: the gateway tells there what it has read and chosen."""
 
     routing: Routing
     generate: Generate
     embed: Embed
 
-    def text(self, name: str, routed: tuple[str, str]) -> TextModel:
-        """Raises what Routing.model raises, and WrongTask."""
-        model = self.routing.model(name, _version(name, routed))
+    def text(self, name: str, headers: Mapping[str, str]) -> TextModel:
+        """Raises what Routing.model raises, InvalidInput, and WrongTask."""
+        model = self.routing.model(name, routed_version(name, headers))
         if not isinstance(model, TextModel):
             raise WrongTask("model", f'"{name}" generates no text')
         return model
 
-    def vector(self, name: str, routed: tuple[str, str]) -> VectorModel:
-        """Raises what Routing.model raises, and WrongTask."""
-        model = self.routing.model(name, _version(name, routed))
+    def vector(self, name: str, headers: Mapping[str, str]) -> VectorModel:
+        """Raises what Routing.model raises, InvalidInput, and WrongTask."""
+        model = self.routing.model(name, routed_version(name, headers))
         if not isinstance(model, VectorModel):
             raise WrongTask("model", f'"{name}" makes no vectors')
         return model
-
-
-def _version(name: str, routed: tuple[str, str]) -> str:
-    """Raises InvalidInput where the gateway has read another name than this service: a body may name two, and
-    which version may be asked for, and by whom, is decided by what the gateway has read."""
-    model, version = routed
-    if model and model != name:
-        raise InvalidInput("model", "is given twice, with different names")
-    return version
 
 
 def admitted(admission: Admission) -> Embed:

@@ -1,0 +1,104 @@
+"""Who may call what: revoked keys, disabled clients and the models that each client may call.
+
+One matcher, walked by exact maps: the id of the key, then the client, then one regular expression for the
+models of that client. It costs a request the same with a thousand clients as with one, and does not change
+when models come and go. A key that says itself which models it is for is looked at by a script besides, since
+no matcher compares with what a request brings."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from services.core.access import Access, Client
+from services.core.errors import ClientDisabled, KeyRevoked, LingquError, ModelNotAllowed, UnknownClient
+from services.gateway.filters import model
+from services.gateway.filters.chain import typed, when_present
+from services.gateway.headers import CLIENT_HEADER, KEY_HEADER, KEY_MODELS_HEADER
+
+NAME = "access"
+TYPE = "rbac.v3.RBAC"
+
+_REVOKED, _DISABLED, _MODEL, _UNKNOWN = (
+    "key-revoked",
+    "client-disabled",
+    "model-not-allowed",
+    "unknown-client",
+)
+# By a part of Envoy's response code details, which name the policy that refused.
+DENIALS: dict[str, LingquError] = {
+    f"[{_REVOKED}]": KeyRevoked("the key was revoked"),
+    f"[{_DISABLED}]": ClientDisabled("the client of this key is disabled"),
+    f"[{_MODEL}]": ModelNotAllowed("this client may not call this model; `lingqu clients show` tells which"),
+    f"[{_UNKNOWN}]": UnknownClient("this suite serves only clients that it has a record of; this is none"),
+}
+# What key_models.lua refuses; it says 403 and nothing else.
+OTHER_DENIAL = ModelNotAllowed("this key is for other models only")
+
+
+def allowed(access: Access, *, known_only: bool = False) -> dict[str, Any]:
+    """The configuration of `rbac`. `known_only`: a client without a record may call nothing."""
+    # Without a key there is no client: what is open to everybody stays so.
+    others = _if(_header(CLIENT_HEADER), ".+", _deny(_UNKNOWN), _ALLOW) if known_only else _ALLOW
+    clients = _tree(
+        _header(CLIENT_HEADER), {client.name: _models(client) for client in access.clients}, others
+    )
+    keys = _tree(_header(KEY_HEADER), {key.key_id: _deny(_REVOKED) for key in access.revoked}, clients)
+    return typed(TYPE, {"matcher": keys["matcher"]} if "matcher" in keys else {})
+
+
+def key_models() -> dict[str, Any]:
+    """The filter for keys that are for some models only; all others pay for looking for a header."""
+    script = typed("lua.v3.Lua", {"default_source_code": {"inline_string": model.source("key_models.lua")}})
+    return when_present("key-models", KEY_MODELS_HEADER, {"name": "lua", "typed_config": script})
+
+
+def covering(patterns: tuple[str, ...]) -> str:
+    """A regular expression (RE2) for MODEL where one of the patterns covers the model: its name, or a JSON
+    list of it alone."""
+    names = "|".join(re.escape(pattern).replace(r"\*", '[^"]*') for pattern in patterns)
+    return rf'({names})|\["({names})"\]'
+
+
+def _models(client: Client) -> dict[str, Any]:
+    """What names no model passes: it reaches none."""
+    if client.disabled:
+        return _deny(_DISABLED)
+    if "*" in client.models:
+        return _ALLOW
+    harmless = [re.escape(model.NO_MODEL), *([covering(client.models)] if client.models else [])]
+    return _if(_MODEL_NAME, "|".join(harmless), _ALLOW, _if(_MODEL_NAME, ".+", _deny(_MODEL), _ALLOW))
+
+
+def _header(name: str) -> dict[str, Any]:
+    kind = "type.googleapis.com/envoy.type.matcher.v3.HttpRequestHeaderMatchInput"
+    return {"name": name, "typed_config": {"@type": kind, "header_name": name}}
+
+
+def _tree(value: dict[str, Any], branches: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
+    """Empty maps are not allowed."""
+    if not branches:
+        return otherwise
+    tree = {"input": value, "exact_match_map": {"map": branches}}
+    return {"matcher": {"matcher_tree": tree, "on_no_match": otherwise}}
+
+
+def _if(value: dict[str, Any], regex: str, then: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
+    """A value that is not there is like no expression."""
+    fits = {"safe_regex": {"google_re2": {}, "regex": regex}}
+    predicate = {"single_predicate": {"input": value, "value_match": fits}}
+    matchers = [{"predicate": predicate, "on_match": then}]
+    return {"matcher": {"matcher_list": {"matchers": matchers}, "on_no_match": otherwise}}
+
+
+def _action(name: str, action: str) -> dict[str, Any]:
+    config = {"@type": "type.googleapis.com/envoy.config.rbac.v3.Action", "name": name, "action": action}
+    return {"action": {"name": name, "typed_config": config}}
+
+
+def _deny(policy: str) -> dict[str, Any]:
+    return _action(policy, "DENY")
+
+
+_ALLOW = _action("allowed", "ALLOW")
+_MODEL_NAME = model.state()
