@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,19 +58,38 @@ class Backend(grpc.GenericRpcHandler):
             self.server = None
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
-        async def answer(_: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-            self.asked += 1
-            self.busy += 1
-            self.most = max(self.most, self.busy)
-            self.headers = {key: str(value) for key, value in context.invocation_metadata()}
-            try:
+        async def unary(_: bytes, context: Any) -> bytes:
+            with self._noted(context):
                 if self.before is not None:
                     await self.before(context)
-                yield pb.GenerateResponse(text=self.address).SerializeToString()
-            finally:
-                self.busy -= 1
+                return pb.GenerateResponse(text=self.address).SerializeToString()
 
-        return grpc.stream_stream_rpc_method_handler(answer)
+        async def stream(_: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+            yield await unary(b"", context)
+
+        # A unary answer goes out as a whole, so that it has either come or not begun.
+        if "Stream" in details.method:
+            return grpc.stream_stream_rpc_method_handler(stream)
+        return grpc.unary_unary_rpc_method_handler(unary)
+
+    @contextmanager
+    def _noted(self, context: Any) -> Iterator[None]:
+        self.asked += 1
+        self.busy += 1
+        self.most = max(self.most, self.busy)
+        self.headers = {key: str(value) for key, value in context.invocation_metadata()}
+        try:
+            yield
+        finally:
+            self.busy -= 1
+
+
+@asynccontextmanager
+async def raw_server(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> Any:
+    """The address of a TCP server that speaks whatever `serve` does."""
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from services.gateway import protection
 from services.gateway.view import Target
 
 CONTROL = "control"
@@ -31,6 +32,7 @@ def discovered(name: str) -> dict[str, Any]:
         "type": "EDS",
         "eds_cluster_config": {"eds_config": ADS},
         "lb_policy": "LEAST_REQUEST",
+        "outlier_detection": protection.OUTLIERS,
         **(_REST_CONNECTIONS if name.split("/")[0] == ANY_REST else _CONNECTIONS),
     }
 
@@ -46,17 +48,7 @@ def fixed(name: str, address: str) -> dict[str, Any]:
 
 _CONNECTIONS: dict[str, Any] = {
     "connect_timeout": "1s",
-    # Far above what two cores serve: Envoy's defaults (1024 requests, 3 retries) would refuse healthy load.
-    "circuit_breakers": {
-        "thresholds": [
-            {
-                "max_connections": 10_000,
-                "max_pending_requests": 10_000,
-                "max_requests": 100_000,
-                "max_retries": 1024,
-            }
-        ]
-    },
+    "circuit_breakers": protection.circuit_breakers(),
     "typed_extension_protocol_options": {
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
             "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",

@@ -13,6 +13,7 @@ from services.core.errors import (
     MessageTooLarge,
     NotFound,
     PermissionDenied,
+    QueueFull,
     Unauthenticated,
 )
 from services.core.rest import MAX_BODY_BYTES
@@ -79,6 +80,7 @@ def _mappers() -> list[dict[str, Any]]:
         "grpc_field_extraction_FAILED_PRECONDITION": MessageTooLarge(
             "the gateway reads messages up to 16 MiB"
         ),
+        "{overflow}": QueueFull("the gateway has as many requests to this model in progress as it may"),
         "Jwt_is_missing": Unauthenticated("no key was sent: authorization: Bearer <key>"),
         "Jwt_is_expired": Unauthenticated("the key has expired"),
         "Jwt_not_yet_valid": Unauthenticated("the key is not valid yet"),
@@ -91,6 +93,7 @@ def _mappers() -> list[dict[str, Any]]:
     by_status = {
         401: Unauthenticated("the key is malformed, of another issuer, or was not signed by this suite"),
         403: filters.access.OTHER_DENIAL,
+        502: BackendUnavailable("a replica answered with what is no answer; try again"),
         503: BackendUnavailable("no replica can answer at the moment; try again"),
     }
     only_rest = {

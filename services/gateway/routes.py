@@ -186,7 +186,8 @@ def _added(headers: dict[str, str]) -> list[dict[str, Any]]:
 # Inference has no side effects, so a request whose answer has not begun may run again elsewhere. Waits add
 # up to about two seconds: what a restarting replica needs, and less than a caller notices as an outage.
 _RETRIES = {
-    "retry_on": "connect-failure,refused-stream,reset,unavailable",
+    # A gRPC server that is stopped cancels what it has in progress.
+    "retry_on": "connect-failure,refused-stream,reset,unavailable,cancelled",
     "num_retries": 4,
     "retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"},
     "retry_host_predicate": [
