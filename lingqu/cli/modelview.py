@@ -22,9 +22,11 @@ Hosting = dict[tuple[str, int], list[tuple[str, Any]]]
 
 
 def shares(traffic: models_pb2.Traffic) -> str:
-    """ "v1 90 %, v2 10 %, shadow v3"."""
+    """ "v1 90 %, v2 10 %, shadow v3 (20 %)"."""
     parts = [f"v{w.version} {w.percent} %" for w in traffic.weights]
-    parts += [f"shadow v{traffic.shadow_version}"] if traffic.shadow_version else []
+    if traffic.shadow_version:
+        part = f" ({traffic.shadow_percent} %)" if traffic.shadow_percent else ""
+        parts.append(f"shadow v{traffic.shadow_version}{part}")
     return ", ".join(parts) or "off line"
 
 

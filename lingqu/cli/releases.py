@@ -26,6 +26,9 @@ def traffic(
         list[str] | None, typer.Argument(help="VERSION=PERCENT …, adding up to 100. Without: look.")
     ] = None,
     shadow: Annotated[int, typer.Option(help="Version that gets a copy of the requests.")] = 0,
+    shadow_percent: Annotated[
+        int, typer.Option(help="How many of 100 requests it gets a copy of; 0: all.", min=0, max=100)
+    ] = 0,
     offline: Annotated[bool, typer.Option("--offline", help="Take the model off line.")] = False,
     reason: Reason = "",
     timeout: Timeout = 120.0,
@@ -38,7 +41,12 @@ def traffic(
         return
     shares = [_weight(text) for text in weights or ()]
     request = models_pb2.SetTrafficRequest(
-        model=name, weights=shares, shadow_version=shadow, offline=offline, reason=reason
+        model=name,
+        weights=shares,
+        shadow_version=shadow,
+        shadow_percent=shadow_percent,
+        offline=offline,
+        reason=reason,
     )
     versions = [weight.version for weight in shares] + ([shadow] if shadow else [])
     tell(released(context.obj, lambda stub: stub.SetTraffic, request, versions, timeout).model, output)

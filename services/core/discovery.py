@@ -116,7 +116,7 @@ class Placement:
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model; `weights` are (version, percent), `previous` the versions that a rollback would give traffic,
-    `shadow` a version or 0."""
+    `shadow` a version that gets `shadow_percent` of the requests as copies, or 0."""
 
     name: str
     versions: tuple[Version, ...]
@@ -125,6 +125,7 @@ class Model:
     shadow: int = 0
     aliases: Mapping[str, int] = field(default_factory=dict)
     placement: Placement = Placement()
+    shadow_percent: int = 100
 
     @property
     def traffic(self) -> int:
@@ -396,4 +397,5 @@ def to_model(record: models_pb2.Model) -> Model:
         record.traffic.shadow_version,
         dict(record.traffic.aliases),
         Placement(dict(placement.labels), placement.replicas, tuple(placement.keep)),
+        record.traffic.shadow_percent or 100,
     )

@@ -69,6 +69,18 @@ class ModelNotFound(NotFound):
         super().__init__(f'model "{model}" does not exist or takes no traffic')
 
 
+class VersionNotServed(NotFound):
+    """The model takes traffic, but not the version of it that was asked for by number or name."""
+
+    reason = "VERSION_NOT_SERVED"
+
+    def __init__(self, model: str, version: str) -> None:
+        super().__init__(
+            f'version "{version}" of model "{model}" is not served: there is none of that number or name, '
+            "it is retired, or no replica has it ready"
+        )
+
+
 class LeaseExpired(NotFound):
     """The instance's lease is gone: it has to register again."""
 

@@ -35,6 +35,7 @@ _UNKNOWN = (500, "api_error", "internal_error")
 # Reasons that say more than their status code.
 _BY_REASON: Mapping[str, tuple[int, str, str]] = {
     "MODEL_NOT_FOUND": (404, "invalid_request_error", "model_not_found"),
+    "VERSION_NOT_SERVED": (404, "invalid_request_error", "version_not_served"),
     "MESSAGE_TOO_LARGE": (413, "invalid_request_error", "request_too_large"),
     "METHOD_NOT_ALLOWED": (405, "invalid_request_error", "method_not_allowed"),
     "KEY_REVOKED": (401, "authentication_error", "key_revoked"),

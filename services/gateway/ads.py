@@ -169,6 +169,10 @@ class Stream:
         for name in gone:
             del subscription.sent[name]
             response.removed_resources.append(name)
+        if kind == xds.CLUSTER and (members := self._subscriptions.get(xds.ENDPOINTS)):
+            # A cluster that has changed waits for its endpoints as a new one does, and does not ask for them.
+            for name in changed:
+                members.sent.pop(name, None)
         return response
 
 

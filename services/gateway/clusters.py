@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from services.gateway import protection
@@ -12,11 +13,17 @@ CONTROL = "control"
 TRACES = "traces"
 ANY_TRITON = "tensor"
 ANY_REST = "rest"
+SHADOW = "shadow"
 ADS = {"ads": {}, "resource_api_version": "V3"}
+# How long a replica that has come takes to get its full share.
+SLOW_START_S = 15
+# What a shadow that does not keep up may hold, and for how long: the rest of the copies are dropped.
+SHADOW_REQUESTS = 256
+SHADOW_S = 300
 
 
 def backends(target: Target) -> dict[str, tuple[str, ...]]:
-    """Clusters of a version with traffic, with their endpoints; tensor models have no text API."""
+    """Clusters of a version, with their endpoints; tensor models have no text API."""
     suffix = f"{target.model}/{target.version}"
     found = {f"tensor/{suffix}": target.tensor_endpoints}
     if target.task != "tensor":
@@ -25,15 +32,40 @@ def backends(target: Target) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def discovered(name: str) -> dict[str, Any]:
-    """A cluster whose endpoints come by EDS: HTTP/2, or HTTP/1.1 for REST, which uvicorn serves."""
+def discovered(name: str, affinity: str = "none") -> dict[str, Any]:
+    """A cluster whose endpoints come by EDS: HTTP/2, or HTTP/1.1 for REST, which uvicorn serves. Without
+    affinity, requests go to the replica with the fewest in progress."""
     return {
         "name": name,
         "type": "EDS",
         "eds_cluster_config": {"eds_config": ADS},
-        "lb_policy": "LEAST_REQUEST",
         "outlier_detection": protection.OUTLIERS,
+        # Whoever does not answer is left out as long as one does; when none does, the checks may be wrong.
+        "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
+        **(_LEAST_REQUESTS if affinity == "none" or name.startswith("tensor/") else _BY_HASH),
         **(_REST_CONNECTIONS if name.split("/")[0] == ANY_REST else _CONNECTIONS),
+    }
+
+
+def shadow(name: str, appending: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The cluster that gets copies of requests: what it holds is bounded in number and time. `appending`: the
+    filter that gives a tensor request the shadow's version, since only the copy is for it."""
+    made = discovered(name)
+    kind = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+    protocol = made["typed_extension_protocol_options"][kind]
+    common = protocol.get("common_http_protocol_options", {})
+    bounded: dict[str, Any] = {
+        **protocol,
+        "common_http_protocol_options": {**common, "max_stream_duration": f"{SHADOW_S}s"},
+    }
+    if appending is not None:
+        bounded["http_filters"] = [appending, _UPSTREAM_CODEC]
+    bounds = {"max_connections": 64, "max_pending_requests": SHADOW_REQUESTS, "max_requests": SHADOW_REQUESTS}
+    return {
+        **made,
+        "name": f"{SHADOW}/{name}",
+        "circuit_breakers": {"thresholds": [{**bounds, "max_retries": 0}]},
+        "typed_extension_protocol_options": {kind: bounded},
     }
 
 
@@ -45,6 +77,31 @@ def fixed(name: str, address: str) -> dict[str, Any]:
         **_CONNECTIONS,
     }
 
+
+_UPSTREAM_CODEC = {
+    "name": "envoy.filters.http.upstream_codec",
+    "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.upstream_codec.v3.UpstreamCodec"
+    },
+}
+
+_LEAST_REQUESTS: dict[str, Any] = {
+    "lb_policy": "LEAST_REQUEST",
+    "least_request_lb_config": {
+        # Its caches are cold, and its engine has to warm up.
+        "slow_start_config": {"slow_start_window": f"{SLOW_START_S}s", "min_weight_percent": {"value": 10}}
+    },
+}
+# The ring is small, since there are many clusters and few replicas of each. A replica with more than 1.5
+# times the mean of requests in progress passes what is over on to the next on the ring.
+_BY_HASH: dict[str, Any] = {
+    "lb_policy": "RING_HASH",
+    "ring_hash_lb_config": {"minimum_ring_size": 512, "maximum_ring_size": 8192},
+    "common_lb_config": {
+        "healthy_panic_threshold": {"value": 1},
+        "consistent_hashing_lb_config": {"hash_balance_factor": 150},
+    },
+}
 
 _CONNECTIONS: dict[str, Any] = {
     "connect_timeout": "1s",
@@ -78,9 +135,27 @@ _REST_CONNECTIONS: dict[str, Any] = {
 }
 
 
-def endpoints(cluster: str, addresses: Iterable[str]) -> dict[str, Any]:
-    members = [{"endpoint": {"address": socket_address(address)}} for address in addresses]
-    return {"cluster_name": cluster, "endpoints": [{"lb_endpoints": members}] if members else []}
+def endpoints(
+    cluster: str,
+    addresses: Iterable[str],
+    zones: Mapping[str, str] | None = None,
+    unhealthy: Collection[str] = (),
+) -> dict[str, Any]:
+    """The members of a cluster by zone, those without one first."""
+    known = zones or {}
+
+    def zone(address: str) -> str:
+        return known.get(address, "")
+
+    def member(address: str) -> dict[str, Any]:
+        made: dict[str, Any] = {"endpoint": {"address": socket_address(address)}}
+        return {**made, "health_status": "UNHEALTHY"} if address in unhealthy else made
+
+    groups = [
+        {"locality": {"zone": name} if name else {}, "lb_endpoints": [member(a) for a in found]}
+        for name, found in itertools.groupby(sorted(addresses, key=zone), key=zone)
+    ]
+    return {"cluster_name": cluster, "endpoints": groups}
 
 
 def socket_address(address: str) -> dict[str, Any]:

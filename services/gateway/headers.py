@@ -1,4 +1,5 @@
-"""Headers that the gateway sets for the services behind it; none of them is taken from a client."""
+"""Headers of requests. Those that begin with x- are the gateway's, for the services behind it: none of them
+is taken from a client."""
 
 CLIENT_HEADER = "x-lingqu-client"
 MODEL_HEADER = "x-lingqu-model"
@@ -6,4 +7,20 @@ VERSION_HEADER = "x-lingqu-model-version"
 # The id of the key, and the models that the key is for if it is not for all that its client may call.
 KEY_HEADER = "x-lingqu-key"
 KEY_MODELS_HEADER = "x-lingqu-key-models"
-OWN_HEADERS = (CLIENT_HEADER, MODEL_HEADER, VERSION_HEADER, KEY_HEADER, KEY_MODELS_HEADER)
+# On copies for a shadow version, whose answers nobody sees.
+SHADOW_HEADER = "x-lingqu-shadow"
+# Equal for prompts with the same beginning.
+PREFIX_HEADER = "x-lingqu-prefix"
+OWN_HEADERS = (
+    CLIENT_HEADER,
+    MODEL_HEADER,
+    VERSION_HEADER,
+    KEY_HEADER,
+    KEY_MODELS_HEADER,
+    SHADOW_HEADER,
+    PREFIX_HEADER,
+)
+
+# A client's: the number or name of the version it wants, and what its requests have in common.
+WANTED_HEADER = "lingqu-version"
+SESSION_HEADER = "lingqu-session"

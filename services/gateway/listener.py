@@ -122,9 +122,10 @@ def _expression(text: str) -> dict[str, Any]:
     return {"extension_filter": {"name": "cel", "typed_config": config}}
 
 
-# Whatever does not say that it is gRPC.
+# Whatever does not say that it is gRPC, but for what refuse.lua has answered as it should be.
 _REST = _expression(
-    "!('content-type' in request.headers) || !request.headers['content-type'].startsWith('application/grpc')"
+    "!(response.code_details == 'lua_response' && response.code in [400, 404]) && !("
+    "'content-type' in request.headers && request.headers['content-type'].startsWith('application/grpc'))"
 )
 
 

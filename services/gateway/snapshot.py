@@ -8,7 +8,7 @@ cluster's configuration never changes, only its endpoints do.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
 from services.gateway import clusters, filters, xds
+from services.gateway.filters import versions
 from services.gateway.listener import Entry, listener
 from services.gateway.routes import routes
 from services.gateway.view import View
@@ -33,17 +34,12 @@ class Snapshot:
 def snapshot(view: View, entry: Entry) -> Snapshot:
     """Everything for one state of the suite. The same arguments give the same snapshot."""
     made = [clusters.fixed(clusters.CONTROL, entry.control)]
-    made += [clusters.discovered(name) for name in (clusters.ANY_TRITON, clusters.ANY_REST)]
-    members = [
-        clusters.endpoints(clusters.ANY_TRITON, view.tritons),
-        clusters.endpoints(clusters.ANY_REST, view.rest),
-    ]
+    members = []
     if entry.traces:
         made.append(clusters.fixed(clusters.TRACES, entry.traces))
-    for target in view.targets:
-        for name, addresses in clusters.backends(target).items():
-            made.append(clusters.discovered(name))
-            members.append(clusters.endpoints(name, addresses))
+    for cluster, addresses in _clusters(view):
+        made.append(cluster)
+        members.append(clusters.endpoints(cluster["name"], addresses, view.zones, view.unhealthy))
     found = {
         xds.CLUSTER: _named(xds.CLUSTER, "name", made),
         xds.ENDPOINTS: _named(xds.ENDPOINTS, "cluster_name", members),
@@ -54,6 +50,19 @@ def snapshot(view: View, entry: Entry) -> Snapshot:
     }
     versions = {kind: {name: _digest([m]) for name, m in named.items()} for kind, named in found.items()}
     return Snapshot(found, versions, _digest(m for named in found.values() for m in named.values()))
+
+
+def _clusters(view: View) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Those whose endpoints come from the registry, with their addresses."""
+    yield clusters.discovered(clusters.ANY_TRITON), view.tritons
+    yield clusters.discovered(clusters.ANY_REST), view.rest
+    shadows = {(model.name, model.shadow) for model in view.models if model.shadow and model.weights}
+    for target in (*view.targets, *view.named):
+        for name, addresses in clusters.backends(target).items():
+            yield clusters.discovered(name, target.affinity), addresses
+            if (target.model, target.version) in shadows:
+                appending = versions.appending(target.version) if name.startswith("tensor/") else None
+                yield clusters.shadow(name, appending), addresses
 
 
 def _named(kind: str, key: str, bodies: Iterable[dict[str, Any]]) -> dict[str, Message]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from services.core.access import Access
-from services.core.discovery import READY, Model, Replica
+from services.core.discovery import READY, Model, Replica, Version, VersionKey
+
+ZONE = "zone"
+AFFINITY = "lingqu.affinity"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a share of a model's requests goes. `pinned`: another version of it may be loaded in the same
-    Tritons and has the higher number, which Triton would take for a request that names no version."""
+    """A version that requests may go to. `percent` is its share of those that ask for no version. `pinned`:
+    another version of it may be loaded in the same Tritons and has the higher number, which Triton would take
+    for a request that names no version. `affinity`: what keeps requests on one replica, "prefix", "session"
+    or "none"."""
 
     model: str
     version: int
@@ -22,43 +28,77 @@ class Target:
     pinned: bool
     percent: int = 100
     rest_endpoints: tuple[str, ...] = ()
+    affinity: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All targets, ordered by model and version, every Triton there is, every replica's REST API, all models
-    by name, and who may call them."""
+    """All targets with traffic, ordered by model and version, every Triton there is, every replica's REST
+    API, all models by name, and who may call them.
+
+    `named` are the targets without traffic that requests may ask for; `zones` has the zone of an endpoint
+    that has one, `unhealthy` those that do not answer."""
 
     targets: tuple[Target, ...]
     tritons: tuple[str, ...]
     rest: tuple[str, ...] = ()
     models: tuple[Model, ...] = ()
     access: Access = field(default_factory=Access)
+    named: tuple[Target, ...] = ()
+    zones: Mapping[str, str] = field(default_factory=dict)
+    unhealthy: frozenset[str] = frozenset()
 
 
-def view(replicas: Iterable[Replica], models: Iterable[Model], access: Access | None = None) -> View:
+def view(
+    replicas: Iterable[Replica],
+    models: Iterable[Model],
+    access: Access | None = None,
+    unhealthy: Iterable[str] = (),
+) -> View:
     """A model without traffic has no target; one whose replicas are all away has some without endpoints."""
     alive = sorted(replicas, key=lambda r: r.id)
+    ready: dict[VersionKey, list[Replica]] = defaultdict(list)
+    for replica in alive:
+        for hosted in replica.models:
+            if hosted.state == READY:
+                ready[hosted.key].append(replica)
     targets: list[Target] = []
+    named: list[Target] = []
     known_models = tuple(sorted(models, key=lambda m: m.name))
     for model in known_models:
-        found = [_target(model, version, percent, alive) for version, percent in sorted(model.weights)]
-        known = [target for target in found if target is not None]
-        # A version whose replicas are all away leaves its share to the others.
-        targets += [t for t in known if t.text_endpoints or t.tensor_endpoints] or known
-    oip, http = _endpoints(alive, "oip"), _endpoints(alive, "http")
-    return View(tuple(targets), oip, http, known_models, access or Access())
+        if not model.weights:
+            continue
+        shares = dict(model.weights)
+        wanted = {*shares, *model.aliases.values(), model.shadow}
+        found = [
+            _target(model, version, shares.get(version.key.version, 0), ready.get(version.key, []))
+            for version in model.versions
+            if version.key.version in wanted or (not version.offline and version.key in ready)
+        ]
+        # A version whose replicas are all away leaves its share to the others; who asks for it gets no other.
+        weighted = [t for t in found if t.percent]
+        able = [t for t in weighted if t.text_endpoints or t.tensor_endpoints] or weighted
+        targets += able
+        named += [t for t in found if t not in able]
+    return View(
+        tuple(targets),
+        _endpoints(alive, "oip"),
+        _endpoints(alive, "http"),
+        known_models,
+        access or Access(),
+        tuple(named),
+        {address: r.labels[ZONE] for r in alive if r.labels.get(ZONE) for address in r.endpoints.values()},
+        frozenset(unhealthy),
+    )
 
 
 def _endpoints(replicas: Iterable[Replica], protocol: str) -> tuple[str, ...]:
     return tuple(r.endpoints[protocol] for r in replicas if protocol in r.endpoints)
 
 
-def _target(model: Model, number: int, percent: int, alive: list[Replica]) -> Target | None:
-    version = next((v for v in model.versions if v.key.version == number), None)
-    if version is None:
-        return None
-    ready = [r for r in alive if any(h.key == version.key and h.state == READY for h in r.models)]
+def _target(model: Model, version: Version, percent: int, ready: list[Replica]) -> Target:
+    number = version.key.version
+    affinity = version.labels.get(AFFINITY, "prefix" if version.task == "generate" else "none")
     return Target(
         model.name,
         number,
@@ -68,4 +108,5 @@ def _target(model: Model, number: int, percent: int, alive: list[Replica]) -> Ta
         any(v.key.version > number for v in model.versions),
         percent,
         _endpoints(ready, "http"),
+        affinity if affinity in ("prefix", "session") else "none",
     )

@@ -56,6 +56,6 @@ def routed_version(name: str, headers: Mapping[str, object]) -> str:
     read = headers.get(MODEL_HEADER)
     if read is None and CLIENT_HEADER in headers:
         raise ModelNotFound(name)
-    if read is not None and read != name:
+    if read is not None and read != name.partition("@")[0]:
         raise InvalidInput("model", "was read otherwise by the gateway: name it once, in well-formed JSON")
     return str(headers.get(VERSION_HEADER, ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from services.core.discovery import Model, VersionKey
-from services.core.errors import BackendUnavailable, InvalidInput, ModelNotFound
+from services.core.errors import BackendUnavailable, InvalidInput, ModelNotFound, VersionNotServed
 from services.inference.agent import Served
 
 
@@ -26,13 +26,19 @@ class Routing:
         return models
 
     def model(self, name: str, version: str = "") -> Served:
-        """Raises InvalidInput, ModelNotFound or BackendUnavailable."""
+        """The model "name", or "name@version" with the number or name of a version. `version` is what the
+        gateway has chosen. Raises InvalidInput, ModelNotFound, VersionNotServed or BackendUnavailable."""
+        name, _, wanted = name.partition("@")
         if not name:
             raise InvalidInput("model", "is required; `lingqu models list` shows the names")
         known = self.known().get(name)
         number = int(version) if version.isdigit() else known.traffic if known else 0
         if known is None or not number:
             raise ModelNotFound(name[:64])
+        if wanted and not version:
+            number = int(wanted) if wanted.isdigit() else known.aliases.get(wanted, 0)
+            if not number:
+                raise VersionNotServed(name, wanted[:32])
         served = self._served.get(VersionKey(name, number))
         if served is None:
             raise BackendUnavailable(f'version {number} of "{name}" is being loaded on this replica')

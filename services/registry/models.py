@@ -109,7 +109,8 @@ class Models(ModelServiceServicer):
         weights = validation.weights(request)
         asked = self._asked(pb.RELEASE_KIND_SET_TRAFFIC, request, context)
         name = validation.model_name("model", request.model)
-        change = partial(traffic.split, weights=weights, shadow=request.shadow_version)
+        shadow, percent = request.shadow_version, request.shadow_percent
+        change = partial(traffic.split, weights=weights, shadow=shadow, shadow_percent=percent)
         return pb.SetTrafficResponse(model=await self._release(name, change, asked))
 
     async def PromoteModelVersion(

@@ -15,9 +15,9 @@ STABLE, CANARY = "stable", "canary"
 History = Callable[[int], pb.Release | None]
 
 
-def split(model: pb.Model, weights: Mapping[int, int], shadow: int) -> pb.Traffic:
+def split(model: pb.Model, weights: Mapping[int, int], shadow: int, shadow_percent: int = 0) -> pb.Traffic:
     """Percent by version; names stay."""
-    return _traffic(weights, shadow, model.traffic.aliases)
+    return _traffic(weights, shadow, model.traffic.aliases, shadow_percent)
 
 
 def all_to(model: pb.Model, version: int) -> pb.Traffic:
@@ -35,9 +35,8 @@ def canary(model: pb.Model, stable: int, version: int, percent: int) -> pb.Traff
 def named(model: pb.Model, alias: str, version: int) -> pb.Traffic:
     """The same traffic with a name more; or, for version 0, without it."""
     names = {**model.traffic.aliases, alias: version}
-    return _traffic(
-        shares(model.traffic), model.traffic.shadow_version, {n: v for n, v in names.items() if v}
-    )
+    now, left = model.traffic, {n: v for n, v in names.items() if v}
+    return _traffic(shares(now), now.shadow_version, left, now.shadow_percent)
 
 
 def forward(model: pb.Model, after: pb.Traffic) -> pb.Model:
@@ -69,7 +68,7 @@ def back(model: pb.Model, history: History) -> pb.Model:
         moved[STABLE] = main
     kept = {name: v for name, v in model.traffic.aliases.items() if name not in (STABLE, CANARY)}
     shadow = goal.shadow_version if goal.shadow_version not in offline else 0
-    after = _traffic(shares(goal), shadow, {**kept, **moved})
+    after = _traffic(shares(goal), shadow, {**kept, **moved}, goal.shadow_percent if shadow else 0)
     made = history(model.previous_release) or pb.Release()
     return _state(model, after, model.previous_release, made.previous_traffic, made.previous_release)
 
@@ -103,6 +102,8 @@ def _state(
     )
 
 
-def _traffic(weights: Mapping[int, int], shadow: int, aliases: Mapping[str, int]) -> pb.Traffic:
+def _traffic(
+    weights: Mapping[int, int], shadow: int, aliases: Mapping[str, int], shadow_percent: int = 0
+) -> pb.Traffic:
     shares = [pb.Weight(version=v, percent=p) for v, p in sorted(weights.items()) if p]
-    return pb.Traffic(weights=shares, shadow_version=shadow, aliases=aliases)
+    return pb.Traffic(weights=shares, shadow_version=shadow, aliases=aliases, shadow_percent=shadow_percent)

@@ -152,6 +152,10 @@ def figures(field: str, values: Mapping[str, float]) -> dict[str, float]:
 
 def weights(request: models_pb2.SetTrafficRequest) -> dict[int, int]:
     """Percent by version."""
+    if request.shadow_percent > 100:
+        raise InvalidInput("shadow_percent", "1 to 100 is needed, or 0 for all")
+    if request.shadow_percent and not request.shadow_version:
+        raise InvalidInput("shadow_percent", "goes with a shadow_version only")
     if request.offline:
         if request.version or request.weights or request.shadow_version:
             raise InvalidInput("offline", "goes with no version, weights or shadow_version")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from envoy.service.discovery.v3 import discovery_pb2
@@ -100,6 +101,19 @@ def test_clusters_come_before_the_routes_to_them_and_go_after() -> None:
     assert events[:3] == [(xds.CLUSTER, "+"), (xds.ENDPOINTS, "+"), (xds.ROUTES, "+")]
     assert set(events[3:]) == {(xds.ENDPOINTS, "-"), (xds.CLUSTER, "-")}
     assert "tensor/a/1" not in envoy.has[xds.CLUSTER]
+
+
+def test_a_cluster_that_changes_is_sent_its_endpoints_again() -> None:
+    """Envoy waits for them, and does not ask."""
+    envoy = connected(made("a"))
+    state = made("a")
+    envoy.log.clear()
+    envoy.take(
+        replace(
+            state, versions={**state.versions, xds.CLUSTER: dict.fromkeys(state.versions[xds.CLUSTER], "x")}
+        )
+    )
+    assert {kind for kind, added, _ in envoy.log if "tensor/a/1" in added} == {xds.CLUSTER, xds.ENDPOINTS}
 
 
 def test_a_rejection_is_reported_and_not_repeated() -> None:

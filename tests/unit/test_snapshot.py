@@ -21,6 +21,7 @@ from services.gateway import xds
 from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
 from services.gateway.snapshot import Snapshot, snapshot
+from services.gateway.splits import thresholds
 from services.gateway.view import View, view
 from tests.statics import as_dict, static
 
@@ -41,7 +42,10 @@ def registries(draw: st.DrawFn) -> tuple[list[Replica], list[Model]]:
         )
         weighted = draw(st.lists(st.integers(1, count), unique=True, max_size=3))
         shares = {0: (), 1: (100,), 2: (90, 10), 3: (50, 30, 20)}[len(weighted)]
-        models.append(Model(name, versions, tuple(zip(weighted, shares, strict=True))))
+        aliases = draw(st.dictionaries(st.sampled_from(["stable", "canary"]), st.integers(1, count)))
+        shadow = draw(st.sampled_from([0, *({*range(1, count + 1)} - {*weighted})]))
+        traffic = tuple(zip(weighted, shares, strict=True))
+        models.append(Model(name, versions, traffic, shadow=shadow, aliases=aliases))
     replicas = []
     for number in range(draw(st.integers(0, 3))):
         hosted = tuple(
@@ -53,11 +57,20 @@ def registries(draw: st.DrawFn) -> tuple[list[Replica], list[Model]]:
     return replicas, models
 
 
-def routes_of(made: Snapshot) -> list[dict[str, Any]]:
-    """All routes, wherever they are in the matcher."""
+def lua_of(route: dict[str, Any]) -> dict[str, Any]:
+    """What a route tells routing.lua."""
+    found: dict[str, Any] = route.get("metadata", {}).get("filter_metadata", {})
+    return dict(found.get("envoy.filters.http.lua", {}))
+
+
+def routes_of(made: Snapshot, *, named: bool = False) -> list[dict[str, Any]]:
+    """All routes, wherever they are in the matcher: those for who asks for a version, or the others."""
 
     def walk(node: Any) -> Iterator[dict[str, Any]]:
         if isinstance(node, dict):
+            by = node.get("matcher_tree", {}).get("input", {}).get("name")
+            if by in ("lingqu-version", "lingqu.version"):
+                node = node["matcher_tree" if named else "on_no_match"]
             if node.get("@type", "").endswith("route.v3.Route"):
                 yield node
             if node.get("@type", "").endswith("route.v3.RouteList"):
@@ -65,24 +78,27 @@ def routes_of(made: Snapshot) -> list[dict[str, Any]]:
             for value in node.values():
                 yield from walk(value)
 
-    return list(walk(as_dict(made, xds.ROUTES)["public"]["virtual_hosts"][0]["matcher"]))
+    routes = list(walk(as_dict(made, xds.ROUTES)["public"]["virtual_hosts"][0]["matcher"]))
+    return [r for r in routes if "route" in r] if named else routes
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(registries())
 def test_every_route_has_its_cluster_and_every_cluster_its_endpoints(
     state: tuple[list[Replica], list[Model]],
 ) -> None:
     made = snapshot(view(*state), ENTRY)
     clusters = made.resources[xds.CLUSTER]
-    for route in routes_of(made):
+    for route in (*routes_of(made), *routes_of(made, named=True)):
         if "route" in route:
             assert route["route"]["cluster"] in clusters
+        for mirror in route.get("route", {}).get("request_mirror_policies", ()):
+            assert mirror["cluster"] in clusters
     discovered = {name for name, c in clusters.items() if MessageToDict(c)["type"] == "EDS"}
     assert discovered == set(made.resources[xds.ENDPOINTS])
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(registries())
 def test_only_ready_replicas_of_versions_with_traffic_get_requests(
     state: tuple[list[Replica], list[Model]],
@@ -102,7 +118,7 @@ def test_only_ready_replicas_of_versions_with_traffic_get_requests(
         assert any(able[key] for key in targets if key[0] == model)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(registries())
 def test_the_order_of_the_registry_does_not_matter(state: tuple[list[Replica], list[Model]]) -> None:
     replicas, models = state
@@ -119,8 +135,7 @@ def test_a_newer_version_without_traffic_pins_tensor_requests_to_the_one_that_ha
         route = next(
             r for r in routes_of(made) if r.get("route", {}).get("cluster", "").startswith("tensor/m")
         )
-        lua = route.get("metadata", {}).get("filter_metadata", {}).get("envoy.filters.http.lua", {})
-        assert lua.get("pin") == pin
+        assert lua_of(route).get("pin") == pin
 
 
 def test_a_split_compares_one_random_number_with_growing_sums() -> None:
@@ -147,6 +162,60 @@ def test_rest_is_split_as_grpc_is_and_told_its_version() -> None:
         assert route["request_headers_to_remove"] == ["authorization"]
     shares = [r["match"]["runtime_fraction"]["default_value"]["numerator"] for r in routes]
     assert shares == [900_000, 1_000_000] * 3
+
+
+@settings(deadline=None, max_examples=25)
+@given(registries())
+def test_who_asks_for_a_version_gets_that_one_or_none(state: tuple[list[Replica], list[Model]]) -> None:
+    """Of a model with traffic: every version that is weighted, named, shadowing or ready somewhere."""
+    replicas, models = state
+    made = view(replicas, models)
+    found = {(t.model, t.version) for t in (*made.targets, *made.named)}
+    for model in models:
+        ready = {
+            h.key.version
+            for r in replicas
+            for h in r.models
+            if h.state == READY and h.key.model == model.name
+        }
+        wanted = {v for v, _ in model.weights} | {*model.aliases.values()} | ({model.shadow} - {0}) | ready
+        assert {v for m, v in found if m == model.name} == (wanted if model.weights else set())
+    tree = as_dict(snapshot(made, ENTRY), xds.ROUTES)["public"]["virtual_hosts"][0]["matcher"]["matcher_tree"]
+    tensor = tree["prefix_match_map"]["map"]["/inference.GRPCInferenceService/"]
+    branches = tensor["matcher"]["matcher_tree"].get("exact_match_map", {"map": {}})["map"]
+    assert set(branches) == {f'["{model.name}"]' for model in models if model.weights}
+    for model in models:
+        if model.weights:
+            asked = branches[f'["{model.name}"]']["matcher"]["matcher_tree"]["exact_match_map"]["map"]
+            chosen = {n: leaf["action"]["typed_config"]["route"]["cluster"] for n, leaf in asked.items()}
+            assert chosen == {
+                **{str(v): f"tensor/{m}/{v}" for m, v in found if m == model.name},
+                **{name: f"tensor/{model.name}/{v}" for name, v in model.aliases.items()},
+            }
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=30))
+def test_thresholds_grow_to_the_whole_and_give_each_its_share(percents: list[int]) -> None:
+    found = thresholds(percents)
+    assert found[-1] == 1_000_000
+    shares = [b - a for a, b in zip([0, *found], found, strict=False)]
+    for share, percent in zip(shares, percents, strict=True):
+        assert abs(share - 1_000_000 * percent / sum(percents)) <= 1
+
+
+def test_copies_go_to_the_shadow_and_say_so() -> None:
+    versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "generate", "x") for n in (1, 2))
+    model = Model("m", versions, ((1, 100),), shadow=2, shadow_percent=25)
+    made = snapshot(view([], [model]), ENTRY)
+    mirrored = [r["route"] for r in routes_of(made) if "request_mirror_policies" in r.get("route", {})]
+    assert len(mirrored) == 6  # text, tensors one by one and in streams, and three paths of REST
+    for route in mirrored:
+        (mirror,) = route["request_mirror_policies"]
+        assert mirror["cluster"] == "shadow/" + route["cluster"].replace("/1", "/2")
+        assert mirror["runtime_fraction"]["default_value"]["numerator"] == 250_000
+        changes = [m["append"]["header"] for m in mirror["request_headers_mutations"]]
+        assert {"key": "x-lingqu-model-version", "value": "2"} in changes
+    assert not any("request_mirror_policies" in r.get("route", {}) for r in routes_of(made, named=True))
 
 
 def test_json_is_read_only_where_rest_is_served() -> None:
@@ -187,7 +256,9 @@ def test_envoy_accepts_a_snapshot(tmp_path: Path, traces: str, weights: tuple[tu
     limits = Limits(5, 50, 2, local=True)
     client = Client("c", ("*",), limits, (("*", limits),))
     access = Access((client,), shared=(SharedLimits("m", limits),))
-    made = snapshot(view([], [Model("m", versions, weights)], access), entry)
+    shadow = 2 if len(weights) == 1 else 0
+    models = [Model("m", versions, weights, shadow=shadow, aliases={"stable": 1})]
+    made = snapshot(view([], models, access), entry)
     config = tmp_path / "envoy.json"
     config.write_text(json.dumps(static(made)))
     binary = envoy(Layout(tmp_path)).argv[0]

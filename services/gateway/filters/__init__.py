@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from services.gateway.filters import access, authentication, local_limits, model
+from services.gateway.filters import access, authentication, local_limits, model, versions
 from services.gateway.filters.chain import CHOICE, COMPOSITE, discovered, fixed, typed
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ def stack() -> list[dict[str, Any]]:
         model.of_grpc(),
         model.of_rest(),
         model.as_state(),
+        versions.reference(),
         discovered(access.NAME, access.TYPE),
         access.key_models(),
         # A client that is refused by its own limit takes nothing from what others share.

@@ -30,6 +30,7 @@ function envoy_on_request(h)
   local name = found["model"] or found["model_name"] or found["name"]
   if type(name) == "table" then name = #name == 1 and name[1] or nil end
   if type(name) ~= "string" or name == "" or name == "<none>" then return end
+  name = name:match("^[^@]*")
   if covered(h:headers():get("x-lingqu-key-models"), name) then return end
   h:respond({[":status"] = "403"}, "") -- access.py has the words
 end

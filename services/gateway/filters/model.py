@@ -8,13 +8,14 @@ version to a tensor request, and to keep a stream of tensors to its model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
 
 from services.core.errors import InvalidInput, ModelNotFound, to_rpc_status
 from services.gateway import replies
 from services.gateway.descriptors import descriptor_set, extractions
+from services.gateway.filters import versions
 from services.gateway.filters.chain import fixed, structured, typed
 
 MODEL = "lingqu.model"
@@ -22,11 +23,12 @@ MODEL = "lingqu.model"
 NO_MODEL = "<none>"
 REST_METADATA = "lingqu.rest"
 LUA = "envoy.filters.http.lua"
-PIN, STREAM, UNKNOWN = "pin", "stream", "unknown"
+PIN, STREAM, UNKNOWN, UNSERVED = "pin", "stream", "unknown", "unserved"
 
 _EXTRACTED = "envoy.filters.http.grpc_field_extraction"
 # Whichever of them there is.
 _SOURCES = (f"{_EXTRACTED}:model", f"{_EXTRACTED}:model_name", f"{_EXTRACTED}:name", f"{REST_METADATA}:model")
+_VERSION_SOURCES = (f"{_EXTRACTED}:model_version", f"{_EXTRACTED}:version")
 
 
 def of_grpc() -> dict[str, Any]:
@@ -54,16 +56,20 @@ def of_rest() -> dict[str, Any]:
 
 
 def as_state() -> dict[str, Any]:
-    """Sets MODEL, and has the route chosen anew by it."""
-    text = "".join(f"%DYNAMIC_METADATA({source})%" for source in _SOURCES)
-    value = {
-        "object_key": MODEL,
+    """Sets MODEL, and the version in a tensor request, and has the route chosen anew by them."""
+    values = [_value(MODEL, _SOURCES), _value(versions.OWN_VERSION, _VERSION_SOURCES)]
+    config = {"on_request_headers": values, "clear_route_cache": True}
+    return fixed("set_filter_state", structured("set_filter_state.v3.Config", config))
+
+
+def _value(key: str, sources: Iterable[str]) -> dict[str, Any]:
+    text = "".join(f"%DYNAMIC_METADATA({source})%" for source in sources)
+    return {
+        "object_key": key,
         "factory_key": "envoy.string",
         "format_string": {"text_format_source": {"inline_string": text}, "omit_empty_values": True},
         "skip_if_empty": True,
     }
-    config = {"on_request_headers": [value], "clear_route_cache": True}
-    return fixed("set_filter_state", structured("set_filter_state.v3.Config", config))
 
 
 def by_model(branches: Mapping[str, Any], *, rest: bool = False) -> dict[str, Any]:
@@ -89,7 +95,12 @@ def _tree(branches: Mapping[str, Any]) -> dict[str, Any]:
 
 def scripts() -> dict[str, Any]:
     """Runs the script that a route names (`script`), and none elsewhere."""
-    texts = {PIN: source("pin.lua"), STREAM: source("stream.lua"), UNKNOWN: _unknown()}
+    texts = {
+        PIN: versions.pinning(),
+        STREAM: versions.pinning("stream"),
+        UNKNOWN: _unknown(),
+        UNSERVED: versions.unserved(),
+    }
     sources = {name: {"inline_string": text} for name, text in texts.items()}
     return fixed("lua", typed("lua.v3.Lua", {"source_codes": sources}))
 

@@ -4,14 +4,7 @@
 -- Read as Triton's parser reads: tags of at most five bytes, of which 32 bits count. What it could not read either,
 -- and what is compressed, is made unreadable.
 --
--- Where the route says `pin`, and the first message names no version, each gets that one: field 2, appended, since
--- the last occurrence of a field wins.
-
--- Length prefix of a gRPC message: 1 byte of flags, 4 of length.
-local function prefix(flags, length)
-  return string.char(flags, math.floor(length / 16777216) % 256, math.floor(length / 65536) % 256,
-                     math.floor(length / 256) % 256, length % 256)
-end
+-- Where the route says `pin`, each gets what its first message needs to be for that version, appended.
 
 local function guarded(name, suffix)
   local head, left = "", 0                   -- of the frame: its prefix, bytes of the message to come
@@ -101,11 +94,8 @@ function envoy_on_request(h)
   local found = h:streamInfo():dynamicMetadata():get("envoy.filters.http.grpc_field_extraction")
   local name = found["model_name"]
   if type(name) == "table" then name = name[1] end
-  local version = found["model_version"]
-  if type(version) == "table" then version = version[1] end
-  local pin = h:metadata():get("pin")
-  local suffix = ""
-  if pin ~= nil and (version == nil or version == "") then suffix = string.char(0x12, #pin) .. pin end
+  local suffix = pinned(h)
+  if suffix == nil then return end
   local guard = guarded(name, suffix)
   for chunk in h:bodyChunks() do
     local size = chunk:length()

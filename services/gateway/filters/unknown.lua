@@ -22,6 +22,7 @@ function envoy_on_request(h)
   local names = found["model"] or found["model_name"] or found["name"]
   -- A field that is sent twice has two values, and who reads the message takes the last.
   local name = type(names) == "table" and #names == 1 and names[1] or names
+  if type(name) == "string" then name = name:match("^([^@]+)@[%w%-]+$") or name end
   if not acceptable(name) then
     return respond(h, "3", "@INVALID_MESSAGE@", "@INVALID_STATUS@")
   end

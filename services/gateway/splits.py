@@ -1,0 +1,180 @@
+"""Which version of a model a request goes to: by share, or the one it asks for by number or name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from services.core.discovery import Model
+from services.gateway.clusters import SHADOW
+from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
+from services.gateway.filters import model, versions
+from services.gateway.headers import (
+    MODEL_HEADER,
+    PREFIX_HEADER,
+    SESSION_HEADER,
+    SHADOW_HEADER,
+    VERSION_HEADER,
+)
+from services.gateway.view import Target
+
+REST_SERVICE = "rest"
+# Routes of its own, for a script of its own.
+TENSOR_STREAM = f"{TENSOR_SERVICE}/ModelStreamInfer"
+KINDS = {TEXT_SERVICE: "text", TENSOR_SERVICE: "tensor", TENSOR_STREAM: "tensor", REST_SERVICE: "rest"}
+ROUTE = "lingqu"  # metadata of a route: which model and version it is for
+# Streams and answers may take as long as their client waits, but not be silent for ever both ways.
+SILENCE = "3600s"
+UNBOUNDED = {
+    "timeout": "0s",
+    "idle_timeout": SILENCE,
+    "max_stream_duration": {"max_stream_duration": "0s", "grpc_timeout_header_max": "0s"},
+}
+
+
+def branch(service: str, known: Model | None, targets: Sequence[Target]) -> dict[str, Any]:
+    """What is done with the requests of one model: those that ask for a version get that one, or are refused;
+    the others are split by share."""
+    numbers = {target.version: target for target in targets}
+    aliases = {} if known is None else known.aliases
+    asked = {str(number): target for number, target in numbers.items()}
+    asked |= {name: numbers[number] for name, number in aliases.items() if number in numbers}
+    mirrors = _mirrors(service, known, numbers)
+    shares = [(_route(service, target, mirrors), target.percent) for target in targets if target.percent]
+    named = {name: action(_named(service, target)) for name, target in sorted(asked.items())}
+    otherwise = _split(shares)
+    if KINDS[service] == "tensor":
+        # Their messages say it already: no script has to.
+        own = {
+            str(number): action(_route(service, replace(t, pinned=False), []))
+            for number, t in numbers.items()
+        }
+        otherwise = versions.by_message(own, _UNSERVED, otherwise)
+    return versions.by_version(named, _UNSERVED, otherwise)
+
+
+def thresholds(percents: Sequence[int]) -> list[int]:
+    """The growing sums of shares, in millionths: a request draws one random number, and goes to the first
+    that is above it."""
+    total, upto, found = sum(percents), 0, []
+    for percent in percents:
+        upto += percent
+        found.append(round(1_000_000 * upto / total))
+    return found
+
+
+def action(route: Mapping[str, Any]) -> dict[str, Any]:
+    """A leaf of a matcher."""
+    config = {"@type": "type.googleapis.com/envoy.config.route.v3.Route", "match": {"prefix": "/"}, **route}
+    return {"action": {"name": "route", "typed_config": config}}
+
+
+def added(headers: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Headers that a route sets."""
+    return [
+        {"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+        for key, value in headers.items()
+    ]
+
+
+def _split(shares: Sequence[tuple[dict[str, Any], int]]) -> dict[str, Any]:
+    """One route, or a list in which each takes its share of what comes. Not weighted clusters: whether a
+    script has to run is said by the route of a version."""
+    if len(shares) == 1:
+        return action(shares[0][0])
+    routes = []
+    for (route, _), upto in zip(shares, thresholds([p for _, p in shares]), strict=True):
+        drawn = {"numerator": upto, "denominator": "MILLION"}
+        match = {"prefix": "/", "runtime_fraction": {"default_value": drawn}}
+        routes.append({**route, "match": match})
+    config = {"@type": "type.googleapis.com/envoy.config.route.v3.RouteList", "routes": routes}
+    return {"action": {"name": "split", "typed_config": config}}
+
+
+def _named(service: str, target: Target) -> dict[str, Any]:
+    """The route of requests that ask for the version. They are not copied: a shadow is compared with the
+    traffic that it might take over."""
+    return _route(service, target, [], pinned=True)
+
+
+def _route(
+    service: str, target: Target, mirrors: Sequence[dict[str, Any]], *, pinned: bool = False
+) -> dict[str, Any]:
+    version = str(target.version)
+    to: dict[str, Any] = {
+        "cluster": f"{KINDS[service]}/{target.model}/{version}",
+        **UNBOUNDED,
+        "retry_policy": REST_RETRIES if service == REST_SERVICE else RETRIES,
+    }
+    if mirrors:
+        to["request_mirror_policies"] = list(mirrors)
+    metadata: dict[str, Any] = {ROUTE: {"model": target.model, "version": version}}
+    route: dict[str, Any] = {"route": to, "request_headers_to_remove": ["authorization"]}
+    if KINDS[service] == "tensor":
+        pin = pinned or target.pinned
+        if pin:
+            metadata[model.LUA] = {"pin": version}
+        if service == TENSOR_STREAM or pin:
+            script = model.STREAM if service == TENSOR_STREAM else model.PIN
+            route["typed_per_filter_config"] = model.script(script)
+    else:
+        told = {VERSION_HEADER: version}
+        if service == REST_SERVICE:
+            told[MODEL_HEADER] = target.model
+        route["request_headers_to_add"] = added(told)
+        if target.affinity != "none":
+            to["hash_policy"] = _HASHES
+    return {**route, "metadata": {"filter_metadata": metadata}}
+
+
+def _mirrors(service: str, known: Model | None, numbers: Mapping[int, Target]) -> list[dict[str, Any]]:
+    """Copies for the shadow version. Envoy does not wait for their answers and throws them away."""
+    shadow = numbers.get(known.shadow) if known is not None else None
+    if known is None or shadow is None:
+        return []
+    cluster = f"{KINDS[service]}/{shadow.model}/{shadow.version}"
+    fraction = {"numerator": known.shadow_percent * 10_000, "denominator": "MILLION"}
+    changes = {SHADOW_HEADER: "1", VERSION_HEADER: str(shadow.version)}
+    return [
+        {
+            "cluster": f"{SHADOW}/{cluster}",
+            "runtime_fraction": {"default_value": fraction},
+            "request_headers_mutations": [{"append": header} for header in added(changes)],
+        }
+    ]
+
+
+# A script answers, since the answer names the version.
+_UNSERVED = action(
+    {"direct_response": {"status": 404}, "typed_per_filter_config": model.script(model.UNSERVED)}
+)
+# What the requests of one conversation have in common: what its client says, or else how they begin.
+_HASHES = [
+    {"header": {"header_name": SESSION_HEADER}, "terminal": True},
+    {"header": {"header_name": PREFIX_HEADER}},
+]
+
+# Inference has no side effects, so a request whose answer has not begun may run again elsewhere. Waits add
+# up to about two seconds: what a restarting replica needs, and less than a caller notices as an outage.
+RETRIES = {
+    # A gRPC server that is stopped cancels what it has in progress.
+    "retry_on": "connect-failure,refused-stream,reset,unavailable,cancelled",
+    "num_retries": 4,
+    "retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"},
+    "retry_host_predicate": [
+        {
+            "name": "envoy.retry_host_predicates.previous_hosts",
+            "typed_config": {
+                "@type": "type.googleapis.com/"
+                "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
+            },
+        }
+    ],
+    "host_selection_retry_max_attempts": 5,
+}
+REST_RETRIES = {
+    **RETRIES,
+    "retry_on": "connect-failure,refused-stream,reset,retriable-status-codes",
+    "retriable_status_codes": [503],
+}
