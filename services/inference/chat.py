@@ -6,13 +6,16 @@ Follows the conventions of https://huggingface.co/docs/transformers/chat_templat
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
-from jinja2 import meta
+from jinja2 import meta, nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from services.core.errors import InvalidInput, Unsupported
@@ -47,13 +50,40 @@ class Tool:
     parameters: str = ""
 
 
-class ChatTemplate:
-    """A compiled template. It comes with the model, so it runs in Jinja's sandbox."""
+# What Python raises where a template meets values that it was not written for, such as a tool's.
+REFUSALS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+)
 
-    def __init__(self, source: str) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+class _Generation(Extension):
+    """{% generation %} … {% endgeneration %} marks, for training, what the assistant said."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class ChatTemplate:
+    """A compiled template. It comes with the model, so it runs in Jinja's sandbox. `special_tokens` are what
+    templates call bos_token and eos_token (tokens.py)."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] = MappingProxyType({})) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
+        )
+        environment.filters["tojson"] = _json  # Jinja's own escapes for HTML and sorts
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now(UTC).strftime(form)
+        environment.globals.update(special_tokens)
         self._template = environment.from_string(source)
         self._takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
 
@@ -61,13 +91,19 @@ class ChatTemplate:
         """The prompt, ready for the assistant's answer. Raises InvalidInput if the template refuses."""
         if tools and not self._takes_tools:
             raise Unsupported("tools", "the model's chat template does not tell it of tools")
-        given: dict[str, Any] = {"messages": list(map(_message, turns)), "add_generation_prompt": True}
-        if tools:
-            given["tools"] = list(map(_described, tools))
         try:
-            return self._template.render(**given)
-        except TemplateError as err:
+            text = self._template.render(
+                messages=list(map(_message, turns)),
+                tools=list(map(_described, tools)) or None,
+                documents=None,
+                add_generation_prompt=True,
+            )
+            text.encode()
+        except UnicodeEncodeError as err:
+            raise InvalidInput("messages", "JSON in them has half a surrogate pair") from err
+        except REFUSALS as err:
             raise InvalidInput("messages", f"the model's chat template refuses them: {err}") from err
+        return text
 
 
 def _message(turn: Turn) -> dict[str, Any]:
@@ -93,6 +129,19 @@ def _described(tool: Tool) -> dict[str, Any]:
     parameters = json.loads(tool.parameters) if tool.parameters else {"type": "object", "properties": {}}
     function = {"name": tool.name, "description": tool.description, "parameters": parameters}
     return {"type": "function", "function": function}
+
+
+def _json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson`, with transformers' arguments."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> None:

@@ -20,7 +20,7 @@ from services.inference.grammars import Grammars
 from services.inference.session import Session, Step
 from services.inference.stops import StopFilter
 from services.inference.streams import interleaved
-from services.inference.tokens import Detokenizer, Tokens, token_bytes, unblocked
+from services.inference.tokens import Detokenizer, Tokens, special_tokens, token_bytes, unblocked
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -113,7 +113,8 @@ class TextModel:
         self._spec = spec
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         template = folder / "chat_template.jinja"
-        self._template = ChatTemplate(template.read_text()) if template.is_file() else None
+        special = special_tokens(self._tokenizer, spec.eos_token_ids)
+        self._template = ChatTemplate(template.read_text(), special) if template.is_file() else None
         self._grammars = Grammars(folder, folder / spec.grammar) if spec.grammar else None
 
     async def close(self) -> None:

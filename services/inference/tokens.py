@@ -75,6 +75,18 @@ class Detokenizer:
         return delta
 
 
+def special_tokens(tokenizer: Any, eos_token_ids: Sequence[int]) -> dict[str, str]:
+    """bos_token and eos_token, as chat templates name them: what the tokenizer puts before a text, and what
+    ends an answer. One that the model does not have is left out."""
+    found: dict[str, str] = {}
+    encoding = tokenizer.encode("a")
+    if encoding.special_tokens_mask[0]:
+        found["bos_token"] = encoding.tokens[0]
+    if eos_token_ids and (eos := tokenizer.id_to_token(min(eos_token_ids))) is not None:
+        found["eos_token"] = eos
+    return found
+
+
 def token_bytes(tokenizer: Any, token: int) -> bytes:
     """What a token stands for: tokenizers write bytes as letters (GPT-2), as <0x0A> or, spaces, as ▁
     (SentencePiece). Special tokens stand for themselves."""
