@@ -9,7 +9,7 @@ import string
 from collections.abc import Sequence
 
 from lingqu.inference.v1 import inference_pb2 as pb
-from services.core.errors import InvalidInput
+from services.core.errors import InvalidInput, Unsupported
 from services.inference.backends.engine import (
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
@@ -21,6 +21,7 @@ from services.inference.backends.engine import (
 )
 from services.inference.calls import CallReader
 from services.inference.chat import Call, Tool, Turn
+from services.inference.keywords import unkept
 from services.inference.text import Delta, GenerateJob, Logprob, Scored
 from services.inference.vectors import Vectors
 
@@ -241,7 +242,8 @@ def tools(given: Sequence[pb.Tool]) -> tuple[Tool, ...]:
 
 
 def grammar(wanted: pb.ResponseFormat) -> Grammar | None:
-    """What the text has to keep to; whether the engine can is for the model to say. Raises InvalidInput."""
+    """What the text has to keep to; whether the engine can is for the model to say. Raises InvalidInput,
+    Unsupported for a schema that the engine would ignore in part."""
     kind = wanted.WhichOneof("format")
     if kind is None or (kind == "json_object" and not wanted.json_object):
         return None
@@ -257,6 +259,8 @@ def grammar(wanted: pb.ResponseFormat) -> Grammar | None:
         schema = _json(field, text)
         if not isinstance(schema, dict):
             raise InvalidInput(field, "a JSON Schema is an object")
+        if (why := unkept(schema)) is not None:
+            raise Unsupported(field, why)
     return Grammar(GrammarKind(kind), text)
 
 

@@ -149,6 +149,8 @@ async def test_json_keeps_to_its_schema_while_others_stream(client: lingqu.Clien
     [
         ("response_format.json_schema", pb.ResponseFormat(json_schema='{"type": "string", "enum": []}')),
         ("response_format.json_schema", pb.ResponseFormat(json_schema='{"$ref": "#/nowhere"}')),
+        ("response_format.json_schema", pb.ResponseFormat(json_schema='{"$ref": "#"}')),
+        ("response_format.json_schema", pb.ResponseFormat(json_schema='{"type": "integer", "not": {}}')),
         ("response_format.json_schema", pb.ResponseFormat(json_schema="[1]")),
         ("response_format.json_schema", pb.ResponseFormat(json_schema="{not json")),
         ("response_format.regex", pb.ResponseFormat(regex="(?=a)b")),

@@ -35,6 +35,10 @@ def request(**fields: Any) -> pb.GenerateRequest:
         ({"top_p": float("nan")}, "top_p"),
         ({"top_k": 0}, "top_k"),
         ({"top_k": 2**31 - 1}, "top_k"),
+        (
+            {"response_format": pb.ResponseFormat(json_schema='{"multipleOf": 7}')},
+            "response_format.json_schema",
+        ),
         ({"stop": ["x"] * 9}, "stop"),
         ({"stop": [""]}, "stop[0]"),
         ({"stop": ["ok", "x" * 257]}, "stop[1]"),
