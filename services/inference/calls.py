@@ -4,6 +4,7 @@ SmolLM write them, or a bare JSON object, or a list of them."""
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Collection, Sequence
 from enum import Enum, auto
@@ -13,6 +14,7 @@ from services.inference.chat import Call, Tool
 from services.inference.stops import overlap
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _In(Enum):
@@ -86,7 +88,7 @@ class CallReader:
 def parse(text: str, names: Collection[str]) -> list[Call]:
     """The calls that `text` is; none if it is anything else, or calls what is no tool."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=no_constant)
     except (ValueError, RecursionError):
         return []
     calls = [_call(item, names) for item in (value if isinstance(value, list) else [value])]
@@ -99,12 +101,20 @@ def _call(value: object, names: Collection[str]) -> Call | None:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments, parse_constant=no_constant)
         except (ValueError, RecursionError):
             return None
     if not isinstance(arguments, dict):
         return None
-    return Call(f"call_{uuid.uuid4().hex[:24]}", name, json.dumps(arguments, ensure_ascii=False))
+    written = json.dumps(arguments, ensure_ascii=False)
+    if _SURROGATE.search(written):  # half a character, which has no UTF-8: as the model wrote it, escaped
+        written = json.dumps(arguments)
+    return Call(f"call_{uuid.uuid4().hex[:24]}", name, written)
+
+
+def no_constant(name: str) -> None:
+    """For json.loads, which takes NaN and Infinity for JSON. Raises ValueError."""
+    raise ValueError(f"{name} is no JSON")
 
 
 def forced(tools: Sequence[Tool]) -> Grammar:

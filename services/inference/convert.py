@@ -19,7 +19,7 @@ from services.inference.backends.engine import (
     Grammar,
     GrammarKind,
 )
-from services.inference.calls import CallReader
+from services.inference.calls import CallReader, no_constant
 from services.inference.chat import Call, Tool, Turn
 from services.inference.keywords import unkept
 from services.inference.text import Delta, GenerateJob, Logprob, Scored
@@ -31,6 +31,7 @@ MAX_TURNS = 1024
 MAX_INPUTS = 2048
 MAX_SCORED = 256
 MAX_EXPONENT = 700.0  # exp() of more is no float
+LEAST_TEMPERATURE = 1e-5  # engines divide by it: by less, logits become infinite and tokens nonsense
 MAX_STOPS = 8
 MAX_STOP_BYTES = 256
 MAX_CANDIDATES = 8
@@ -53,6 +54,7 @@ def to_generate_job(request: pb.GenerateRequest) -> GenerateJob:
         _text("prompt", request.prompt)
     if request.HasField("max_tokens") and request.max_tokens < 1:
         raise InvalidInput("max_tokens", f"{request.max_tokens}, but must be 1 or more")
+    temperature = _number("temperature", request.temperature, 0.0, MAX_TEMPERATURE)
     top_p = request.top_p if request.HasField("top_p") else 1.0
     if not 0 < top_p <= 1:
         raise InvalidInput("top_p", f"{top_p}, but must be above 0 and at most 1")
@@ -79,7 +81,7 @@ def to_generate_job(request: pb.GenerateRequest) -> GenerateJob:
         prompt=request.prompt or None,
         turns=turns(request.messages),
         max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
-        temperature=_number("temperature", request.temperature, 0.0, MAX_TEMPERATURE),
+        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
         top_p=top_p,
         top_k=request.top_k,
         min_p=_number("min_p", request.min_p, 0.0, 1.0, below=True),
@@ -209,9 +211,10 @@ def turns(messages: Sequence[pb.Message]) -> tuple[Turn, ...]:
         if len(message.name.encode()) > MAX_NAME_BYTES:
             raise InvalidInput(f"{field}.name", f"at most {MAX_NAME_BYTES} bytes are allowed")
         total += _text(f"{field}.content", message.content)
+        total += _text(f"{field}.tool_call_id", message.tool_call_id)
         for at, call in enumerate(message.tool_calls):
             arguments = _json_object(f"{field}.tool_calls[{at}].arguments", call.arguments)
-            total += len(call.id) + len(call.name) + arguments
+            total += len(call.id.encode()) + len(call.name.encode()) + arguments
     if total > MAX_TEXT_BYTES:
         raise InvalidInput("messages", f"{total} bytes in all, but at most {MAX_TEXT_BYTES} are allowed")
     return tuple(
@@ -290,12 +293,12 @@ def _json_object(field: str, text: str) -> int:
         raise InvalidInput(field, f"at most {MAX_GRAMMAR_BYTES} bytes are allowed")
     if text and not isinstance(_json(field, text), dict):
         raise InvalidInput(field, "must be a JSON object")
-    return len(text)
+    return len(text.encode())
 
 
 def _json(field: str, text: str) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=no_constant)
     except (ValueError, RecursionError) as err:
         raise InvalidInput(field, f"is not JSON: {err}") from err
 

@@ -151,6 +151,10 @@ async def test_json_keeps_to_its_schema_while_others_stream(client: lingqu.Clien
         ("response_format.json_schema", pb.ResponseFormat(json_schema='{"$ref": "#/nowhere"}')),
         ("response_format.json_schema", pb.ResponseFormat(json_schema='{"$ref": "#"}')),
         ("response_format.json_schema", pb.ResponseFormat(json_schema='{"type": "integer", "not": {}}')),
+        (
+            "response_format.json_schema",
+            pb.ResponseFormat(json_schema=f'{{"type": "integer", "minimum": {"9" * 400}}}'),
+        ),
         ("response_format.json_schema", pb.ResponseFormat(json_schema="[1]")),
         ("response_format.json_schema", pb.ResponseFormat(json_schema="{not json")),
         ("response_format.regex", pb.ResponseFormat(regex="(?=a)b")),
@@ -165,6 +169,7 @@ async def test_what_no_text_can_satisfy_is_refused_and_harms_nobody(
     running = asyncio.create_task(client.generate(TEXT_MODEL, PROMPT, max_tokens=48, no_cache=True))
     error = await refused(client, response_format=wanted)
     assert error.field == field
+    assert "more memory" not in str(error)  # its process died
     answer = await running
     assert answer.usage.completion_tokens > 20
     assert answer.finish_reason

@@ -12,6 +12,8 @@ import grpc
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import lingqu
 from bench.suite import Suite
@@ -142,6 +144,32 @@ async def test_what_is_no_message_is_refused_as_such(suite: Suite, tail: bytes) 
                 await answer
             error = lingqu.LingquError(caught.value)
             assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, "request")
+
+
+METHODS = ("Generate", "Embed", "Classify", "Answer", "Score", "Tokenize")
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(method=st.sampled_from(METHODS), at=st.integers(0, 60), noise=st.binary(max_size=60))
+def test_no_bytes_are_an_internal_error(suite: Suite, method: str, at: int, noise: bytes) -> None:
+    """From the client through the gateway, which reads the message, too."""
+    good = pb.GenerateRequest(model=TEXT_MODEL, prompt="x", max_tokens=1).SerializeToString()
+    metadata = (("authorization", f"Bearer {suite.key}"),)
+    with grpc.insecure_channel(suite.public) as channel:
+        call: Any = channel.unary_unary(f"/lingqu.inference.v1.InferenceService/{method}")
+        try:
+            call(good[:at] + noise + good[at:], metadata=metadata, timeout=20)
+        except grpc.RpcError as err:
+            error: Any = err
+            code = error.code()
+        else:
+            code = grpc.StatusCode.OK
+    assert code in (
+        grpc.StatusCode.OK,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    )
 
 
 async def test_an_unknown_model_is_not_found_by_name(suite: Suite) -> None:

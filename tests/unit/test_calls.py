@@ -22,6 +22,7 @@ def read(*pieces: str) -> tuple[str, list[tuple[str, object]]]:
     reader = CallReader(NAMES)
     parts = [*(reader.push(piece) for piece in pieces), reader.finish()]
     calls = [call for _, found in parts for call in found]
+    assert all(call.arguments.encode() for call in calls)
     assert len({call.id for call in calls}) == len(calls)
     return "".join(text for text, _ in parts), [(c.name, json.loads(c.arguments)) for c in calls]
 
@@ -51,6 +52,8 @@ CASES = [
     (f"[{ADD}, 7]", f"[{ADD}, 7]", []),
     ("[]", "[]", []),
     ('{"answer": 1}', '{"answer": 1}', []),
+    ('{"name": "add", "arguments": {"a": "\\ud83d"}}', "", [("add", {"a": "\ud83d"})]),
+    ('{"name": "add", "arguments": {"a": NaN}}', '{"name": "add", "arguments": {"a": NaN}}', []),
     ("[" * 5000, "[" * 5000, []),
 ]  # fmt: skip
 

@@ -45,6 +45,18 @@ def request(**fields: Any) -> pb.GenerateRequest:
         ({"prompt": "", "messages": [pb.Message(role="oracle", content="x")]}, "messages[0].role"),
         ({"prompt": "", "messages": [*CHAT, pb.Message(role="system")]}, "messages[1].role"),
         ({"prompt": "", "messages": CHAT * (convert.MAX_TURNS + 1)}, "messages"),
+        (
+            {"prompt": "", "messages": [pb.Message(role="tool", tool_call_id="灵" * 400_000)]},
+            "messages[0].tool_call_id",
+        ),
+        (
+            {"prompt": "", "messages": [pb.Message(role="tool", tool_call_id="x" * 600_000)] * 2},
+            "messages",
+        ),
+        (
+            {"prompt": "", "messages": CHAT, "tools": [pb.Tool(name="f", parameters='{"a": NaN}')]},
+            "tools[0].parameters",
+        ),
     ],
 )
 def test_a_wrong_field_is_named(fields: dict[str, Any], field: str) -> None:
@@ -89,6 +101,14 @@ def test_wrong_inputs_are_named(inputs: list[str], field: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         convert.to_texts(pb.EmbedRequest(model="m", inputs=inputs))
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 9e-6])
+def test_a_temperature_that_nothing_can_be_divided_by_is_greedy(temperature: float) -> None:
+    job = convert.to_generate_job(request(temperature=temperature))
+    assert job.temperature == 0
+    assert job.deterministic
+    assert convert.to_generate_job(request(temperature=1e-4)).temperature > 0
 
 
 def test_calls_of_the_requests_tools_leave_the_text() -> None:
