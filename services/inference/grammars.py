@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import sys
+import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.errors import BackendUnavailable, InvalidInput, QueueFull
@@ -19,7 +22,16 @@ from services.inference.backends.engine import Grammar
 TRY_S = 2.0  # the engine compiles it once more, and all streams wait for that
 START_S = 60.0
 MAX_KNOWN = 1024
+DOUBT_S = 30.0  # after which one that took too long is tried again: the machine may have been busy
 MAX_WAITING = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """`error`: the compiler's objection, None if it has none. Not to be relied on after `until`."""
+
+    error: str | None
+    until: float = math.inf
 
 
 class Grammars:
@@ -30,26 +42,29 @@ class Grammars:
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
         self._waiting = 0
-        self._known: OrderedDict[Grammar, str | None] = OrderedDict()
+        self._known: OrderedDict[Grammar, _Verdict] = OrderedDict()
 
     async def check(self, grammar: Grammar) -> None:
         """Raises InvalidInput for what the engine cannot follow, QueueFull, BackendUnavailable."""
-        if grammar not in self._known:
+        if (verdict := self._verdict(grammar)) is None:
             if self._waiting >= MAX_WAITING:
                 raise QueueFull(f"{MAX_WAITING} new grammars wait to be compiled already")
             self._waiting += 1
             try:
                 async with self._turn:
-                    if grammar not in self._known:
-                        self._known[grammar] = await self._tried(grammar)
+                    if (verdict := self._verdict(grammar)) is None:
+                        verdict = self._known[grammar] = await self._tried(grammar)
             finally:
                 self._waiting -= 1
             while len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
-        error = self._known.get(grammar)
-        if error is not None:
-            raise InvalidInput(f"response_format.{grammar.kind}", error)
+        if verdict.error is not None:
+            raise InvalidInput(f"response_format.{grammar.kind}", verdict.error)
         self._known.move_to_end(grammar)
+
+    def _verdict(self, grammar: Grammar) -> _Verdict | None:
+        known = self._known.get(grammar)
+        return known if known is not None and time.monotonic() < known.until else None
 
     async def close(self) -> None:
         process, self._process = self._process, None
@@ -58,8 +73,8 @@ class Grammars:
                 process.kill()
             await process.wait()
 
-    async def _tried(self, grammar: Grammar) -> str | None:
-        """The compiler's objection. A process that does not answer is ended, with the grammar to blame."""
+    async def _tried(self, grammar: Grammar) -> _Verdict:
+        """What the compiler says. A process that does not answer is ended, with the grammar to blame."""
         process = await self._started()
         question = json.dumps({"kind": grammar.kind, "text": grammar.text}).encode()
         answered = False
@@ -68,14 +83,15 @@ class Grammars:
                 found = await _asked(process, question)
             answered = True
         except TimeoutError:
-            return f"takes more than {TRY_S:.0f} s to compile; make it simpler"
+            error = f"takes more than {TRY_S:.0f} s to compile; make it simpler"
+            return _Verdict(error, time.monotonic() + DOUBT_S)
         except (OSError, EOFError):
-            return "takes more memory to compile than it may have"
+            return _Verdict("takes more memory to compile than it may have", time.monotonic() + DOUBT_S)
         finally:
             if not answered:
                 await self.close()
-        error = found["error"]
-        return None if error is None else str(error)
+        said = found["error"]
+        return _Verdict(None if said is None else str(said))
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:

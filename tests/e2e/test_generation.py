@@ -105,6 +105,25 @@ async def test_min_p_near_one_is_greedy(client: lingqu.Client) -> None:
     assert narrow.text == greedy.text
 
 
+@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-40}])
+async def test_only_the_likeliest_is_greedy(client: lingqu.Client, fields: dict[str, Any]) -> None:
+    greedy = await client.generate(TEXT_MODEL, "The sky", max_tokens=8)
+    for seed in range(3):
+        asked = {"temperature": 1.5, "seed": seed, "no_cache": True, **fields}
+        assert (await client.generate(TEXT_MODEL, "The sky", max_tokens=8, **asked)).text == greedy.text
+
+
+@pytest.mark.parametrize("regex", ["[😀🚀👍🏽]{16}", "[灵渠沟通湘江]{16}", "[א-ת]{16}"])
+async def test_streams_of_all_scripts_are_whole_characters(client: lingqu.Client, regex: str) -> None:
+    """The grammar makes characters of several tokens each."""
+    asked = {"max_tokens": 80, "logprobs": True, "response_format": pb.ResponseFormat(regex=regex)}
+    chunks = [chunk async for chunk in client.stream(TEXT_MODEL, "Write:", **asked)]
+    text = "".join(chunk.text for chunk in chunks)
+    assert re.fullmatch(regex, text)
+    assert sum(len(chunk.logprobs) for chunk in chunks) > len(text) + 1
+    assert b"".join(one.bytes for chunk in chunks for one in chunk.logprobs).startswith(text.encode())
+
+
 @pytest.mark.parametrize(
     ("wanted", "matches"),
     [
