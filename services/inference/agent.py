@@ -325,9 +325,13 @@ class Agent:
 
     async def _proven(self, key: VersionKey, folder: Path, manifest: Manifest) -> Served:
         if manifest.text is not None:
-            session = Session(self._triton, key, self._repository.secret, self._limits.max_sequences)
             unfit = await self._longest(folder, manifest)
-            text = TextModel(key, manifest.text, folder, session, unfit)
+            session = Session(self._triton, key, self._repository.secret, self._limits.max_sequences)
+            try:
+                text = TextModel(key, manifest.text, folder, session, unfit)
+            except BaseException:  # a tokenizer or a template that cannot be read
+                await session.close()
+                raise
             self._proving[key] = text
             try:
                 await self._watchdog.watch(key, lambda: session.silent_s)

@@ -286,6 +286,28 @@ async def test_what_does_not_load_is_refused_once(tmp_path: Path, package: Packa
         assert not lab.triton.processes
 
 
+async def test_a_text_model_that_cannot_be_read_leaves_no_session(
+    tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chat template with a mistake, a tokenizer that is none."""
+    closed = asyncio.Event()
+
+    async def close() -> None:
+        closed.set()
+
+    def unreadable(*_arguments: object) -> None:
+        raise ValueError("unexpected end of template")
+
+    monkeypatch.setattr(agent_module, "Session", lambda *_: SimpleNamespace(close=close))
+    monkeypatch.setattr(agent_module, "TextModel", unreadable)
+    lab = Lab(tmp_path, package)
+    manifest: Any = SimpleNamespace(text=object())
+    monkeypatch.setattr(agent_module.estimate, "of", lambda *_: SimpleNamespace(kv=None))
+    with pytest.raises(ValueError, match="end of template"):
+        await lab.agent._proven(KEY, tmp_path, manifest)
+    assert closed.is_set()
+
+
 async def test_what_cannot_fit_is_refused_with_figures(tmp_path: Path, package: Package) -> None:
     async with at_work(tmp_path, package, available_bytes=lambda: 10 << 20) as lab:
         refused = await lab.until(FAILED)
