@@ -68,7 +68,7 @@ class Session:
     @property
     def silent_s(self) -> float:
         """For how long the engine has owed us something and said nothing; 0 while it owes nothing."""
-        return time.monotonic() - self.last_heard if self._waiting else 0.0
+        return time.monotonic() - self.last_heard if self.in_flight else 0.0
 
     def lose(self, why: str) -> None:
         """Give the engine up: whoever waits for it is told."""
@@ -91,8 +91,7 @@ class Session:
             raise QueueFull(f"{self._max} requests for {self._key} are in progress already")
         key, self._next = self._next, self._next + 1
         steps: asyncio.Queue[Step | LingquError] = asyncio.Queue()
-        if not self._waiting:
-            self.last_heard = time.monotonic()
+        self._owe()
         self._waiting[key] = steps
         self._send("submit", key, Job(key, prompt, sampling), traceparent)
         finished = False
@@ -125,6 +124,7 @@ class Session:
         if len(self._scores) >= self._max:
             raise QueueFull(f"{self._max} texts for {self._key} are being scored already")
         key, self._next = self._next, self._next + 1
+        self._owe()
         found = self._scores[key] = asyncio.get_running_loop().create_future()
         self._send("score", key, Job(key, ids, Sampling(max_tokens=1)))
         try:
@@ -134,6 +134,11 @@ class Session:
             del self._scores[key]
             if not found.done() or found.cancelled():
                 self._send("cancel", key)
+
+    def _owe(self) -> None:
+        """From now on the engine owes us something."""
+        if not self.in_flight:
+            self.last_heard = time.monotonic()
 
     def _send(self, op: str, key: int = 0, job: Job | None = None, traceparent: str = "") -> None:
         self._outgoing.append(wire.Command(op, self._id, self._secret, key, job, traceparent))
@@ -198,7 +203,7 @@ class Session:
         elif (score := self._scores.get(int(response.id or 0))) is not None and not score.done():
             if error:
                 score.set_exception(LingquError(f"{self._key}: {error}"))
-            elif response.raw_output_contents:
+            elif response.outputs and response.outputs[0].name == wire.LOGPROBS:
                 score.set_result(np.frombuffer(response.raw_output_contents[0], np.float32))
 
     def _on_taken(self, response: Any, error: str) -> None:

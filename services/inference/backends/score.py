@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ MAX_PENDING = 256
 Logprobs = npt.NDArray[np.float32]
 Done = Callable[[Logprobs | None, str], None]
 """Called with the log-probabilities, or with None and the reason."""
+Working = Callable[[], None]
+"""Called while a text takes long, at most every WORKING_S."""
+WORKING_S = 1.0
 
 
 class Scorer:
@@ -31,18 +35,23 @@ class Scorer:
     def __init__(self, weights: Path) -> None:
         self._weights = weights
         self._request: Any = None
-        self._jobs: queue.Queue[tuple[int, Sequence[int], Done] | None] = queue.Queue(MAX_PENDING)
-        self._cancelled: set[int] = set()
+        self._jobs: queue.Queue[tuple[int, Sequence[int], Done, Working] | None] = queue.Queue(MAX_PENDING)
+        self._wanted: set[int] = set()
         self._thread = threading.Thread(target=self._loop, name="score", daemon=True)
         self._thread.start()
 
-    def submit(self, key: int, ids: Sequence[int], done: Done) -> None:
+    def submit(self, key: int, ids: Sequence[int], done: Done, working: Working = lambda: None) -> None:
         """Queue a text of at least two tokens. Raises queue.Full."""
-        self._jobs.put_nowait((key, ids, done))
+        self._wanted.add(key)
+        try:
+            self._jobs.put_nowait((key, ids, done, working))
+        except queue.Full:
+            self._wanted.discard(key)
+            raise
 
     def cancel(self, key: int) -> None:
-        """Nobody waits for it any more."""
-        self._cancelled.add(key)
+        """Nobody waits for it any more; asked of keys that are not here, too."""
+        self._wanted.discard(key)
 
     def close(self) -> None:
         while True:
@@ -56,15 +65,15 @@ class Scorer:
 
     def _loop(self) -> None:
         while (job := self._jobs.get()) is not None:
-            key, ids, done = job
+            key, ids, done, working = job
             try:
-                found = self._score(key, ids)
+                found = self._score(key, ids, working)
                 done(found, "cancelled" if found is None else "")
             except Exception as err:  # the next text may be fine
                 done(None, f"the text could not be scored: {err}")
-            self._cancelled.discard(key)
+            self._wanted.discard(key)
 
-    def _score(self, key: int, ids: Sequence[int]) -> Logprobs | None:
+    def _score(self, key: int, ids: Sequence[int], working: Working) -> Logprobs | None:
         """FP32 [tokens - 1]: of each token but the first, given those before it. None if cancelled."""
         if self._request is None:
             properties = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -73,9 +82,13 @@ class Scorer:
         self._request.reset_state()
         tokens = np.asarray(ids, np.int64)
         found = np.empty(len(tokens) - 1, np.float32)
+        told = time.monotonic()
         for start in range(0, len(found), CHUNK):
-            if key in self._cancelled:
+            if key not in self._wanted:
                 return None
+            if time.monotonic() - told >= WORKING_S:
+                told = time.monotonic()
+                working()
             end = min(start + CHUNK, len(found))
             inputs = {
                 "input_ids": tokens[None, start:end],

@@ -129,8 +129,11 @@ class TritonPythonModel:
                 answer = pb_utils.InferenceResponse([pb_utils.Tensor(wire.LOGPROBS, logprobs)])
             sender.send(answer, flags=FINAL)
 
+        def working() -> None:
+            sender.send(_text_response(""))
+
         try:
-            self._scorer.submit(job.key, job.input_ids, done)
+            self._scorer.submit(job.key, job.input_ids, done, working)
         except queue.Full as err:
             raise ValueError("too many texts wait to be scored; try again later") from err
 

@@ -9,7 +9,8 @@ may send tensors to the model, but only inference may speak for many clients.
     {"op": "batch", "id": "…", "commands": […]}    answered once, by `text_output`: {"7": "its error"}, of
         {"op": "submit", "key": 7, "input_ids": […], "sampling": {…}, "traceparent": "00-…"}
         {"op": "cancel", "key": 7}
-    {"op": "score", "id": "…", "key": 8, "input_ids": […]}    answered once by `logprobs`, FP32 [tokens - 1]
+    {"op": "score", "id": "…", "key": 8, "input_ids": […]}    answered by `logprobs`, FP32 [tokens - 1], and
+                                                   before, while it takes long, by empty `text_output`
     {"op": "stats", "id": ""}                      answered by `text_output`: engine.Counts as JSON
 
 While it steps, the engine lets next to nothing else run in its process: about one request is taken a step.
