@@ -7,11 +7,12 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 from envoy.service.discovery.v3 import ads_pb2_grpc
 from grpc_health.v1 import health_pb2
+from pydantic import Field
 from tritonclient.grpc import service_pb2 as _oip  # noqa: F401 - reflection shows it
 
 from lingqu.gateway.v1.gateway_pb2_grpc import add_GatewayServiceServicer_to_server
@@ -26,7 +27,8 @@ from services.core.telemetry import tracing
 from services.gateway.ads import Ads, Snapshots
 from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
 from services.gateway.keys import KeyRing
-from services.gateway.listener import Entry
+from services.gateway.limits.app import GlobalLimits
+from services.gateway.listener import Entry, Limiting
 from services.gateway.service import Gateway
 from services.gateway.snapshot import snapshot
 from services.gateway.view import View, view
@@ -48,6 +50,14 @@ class GatewaySettings(Settings):
     """Where the public half is written, for those who have to know callers; default: jwks.json beside it."""
     known_clients_only: bool = False
     """Whether clients without a record in the registry are refused; otherwise they may call every model."""
+    limiter_address: Address | None = None
+    """Where other control planes and their Envoys reach this one, an IP address; default: gateway_address."""
+    limits_fail: Literal["open", "closed"] = "open"
+    """What becomes of a request if nobody says in time whether it is within its global limits."""
+    limits_timeout_s: float = Field(default=0.05, gt=0, le=5)
+    """How long it waits for that."""
+    limits_lease_s: int = Field(default=3, ge=2, le=60)
+    """How long after a control plane was lost others keep its part of the global limits closed."""
     dev_key: Path | None = None
     """If set, an admin key is written there at start, valid for 30 days."""
 
@@ -55,12 +65,13 @@ class GatewaySettings(Settings):
 class ControlPlane:
     """Turns every change of the registry into a snapshot."""
 
-    def __init__(self, entry: Entry, registry: Registry) -> None:
+    def __init__(self, entry: Entry, registry: Registry, limiter: str, lease_s: int) -> None:
         self._entry = entry
         self._changed = asyncio.Event()
         self._replicas: Watched[Replica] = registry.watched_replicas("inference", self._changed)
         self._models: Watched[Model] = registry.watched_models(self._changed)
         self._access: Watched[Record] = watched_access(registry, self._changed)
+        self.limits = GlobalLimits(registry, limiter, lease_s, self._changed)
         self.snapshots = Snapshots()
         self._view = View((), ())
 
@@ -82,7 +93,9 @@ class ControlPlane:
         while True:
             self._changed.clear()
             who = access(self._access.items.values())
-            now = view(self._replicas.items.values(), self._models.items.values(), who)
+            self.limits.follow(who)
+            limiters = self.limits.addresses
+            now = view(self._replicas.items.values(), self._models.items.values(), who, limiters=limiters)
             made = snapshot(now, self._entry)
             if self.snapshots.current is None or made.version != self.snapshots.current.version:
                 await self.snapshots.publish(made)
@@ -108,16 +121,20 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
             jwks=keys.jwks(),
             traces=cfg.otlp_endpoint,
             known_clients_only=cfg.known_clients_only,
+            limits=Limiting(cfg.limits_timeout_s, cfg.limits_fail == "closed"),
         )
-        control = ControlPlane(entry, registry)
+        address = cfg.limiter_address or entry.control
+        control = ControlPlane(entry, registry, address, cfg.limits_lease_s)
         ads = Ads(control.snapshots)
         server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(ads, server)
         add_GatewayServiceServicer_to_server(Gateway(keys, control.state, ads.planes.values), server)
         await stack.enter_async_context(control.watches())
+        control.limits.add_to(server)
         # Health and reflection of the public port are answered here, for the services behind it.
         public = [TEXT_SERVICE, TENSOR_SERVICE, GATEWAY_SERVICE]
         checks = await stack.enter_async_context(serving(server, cfg.gateway_listen, public, cfg.grace_s))
+        await stack.enter_async_context(control.limits.running())
         await stack.enter_async_context(background(_report_health(control, checks)))
         yield
 

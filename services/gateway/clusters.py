@@ -11,6 +11,7 @@ from services.gateway.view import Target
 
 CONTROL = "control"
 TRACES = "traces"
+LIMITER = "limiter"
 ANY_TRITON = "tensor"
 ANY_REST = "rest"
 SHADOW = "shadow"
@@ -66,6 +67,24 @@ def shadow(name: str, appending: Mapping[str, Any] | None) -> dict[str, Any]:
         "name": f"{SHADOW}/{name}",
         "circuit_breakers": {"thresholds": [{**bounds, "max_retries": 0}]},
         "typed_extension_protocol_options": {kind: bounded},
+    }
+
+
+def limiter() -> dict[str, Any]:
+    """All control planes: whichever is asked knows whom to ask. One that does not answer is left for a
+    while."""
+    return {
+        **discovered(LIMITER),
+        "connect_timeout": "0.25s",
+        "outlier_detection": {
+            "consecutive_5xx": 3,
+            "consecutive_gateway_failure": 3,
+            "enforcing_consecutive_gateway_failure": 100,
+            "interval": "0.5s",
+            "base_ejection_time": "1s",
+            "max_ejection_time": "5s",
+            "max_ejection_percent": 100,
+        },
     }
 
 

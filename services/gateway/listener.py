@@ -19,11 +19,20 @@ from services.core.errors import (
 from services.core.rest import MAX_BODY_BYTES
 from services.gateway import edge, filters, replies
 from services.gateway.clusters import ADS, TRACES, socket_address
+from services.gateway.filters.global_limits import UNREACHABLE
 from services.gateway.filters.local_limits import LIMIT_HEADER, concurrency_refusals
 from services.gateway.headers import OWN_HEADERS
 from services.gateway.routes import ROUTES
 
 LISTENER = "public"
+
+
+@dataclass(frozen=True, slots=True)
+class Limiting:
+    """How long a request waits for the limiter, and whether it is refused if there was no answer."""
+
+    timeout_s: float = 0.05
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,7 @@ class Entry:
     traces: str = ""
     times: edge.Times = field(default_factory=edge.Times)
     known_clients_only: bool = False
+    limits: Limiting = field(default_factory=Limiting)
 
 
 def listener(entry: Entry) -> dict[str, Any]:
@@ -87,6 +97,7 @@ def _mappers() -> list[dict[str, Any]]:
         "Audiences_in_Jwt_are_not_allowed": PermissionDenied("the key is not for this suite"),
         "stream_idle_timeout": too_slow,
         "max_duration_timeout": too_slow,
+        UNREACHABLE: BackendUnavailable("nobody can say whether a limit is reached; try again"),
         "overload": BackendUnavailable("the gateway is short of memory; try again"),
         **filters.access.DENIALS,
     }
@@ -101,7 +112,7 @@ def _mappers() -> list[dict[str, Any]]:
         413: MessageTooLarge(f"the gateway reads bodies up to {MAX_BODY_BYTES >> 20} MiB"),
     }
     any_limit = LimitReached("", "", "", 1.0)
-    too_fast = _code_details_contain("local_rate_limited")
+    too_fast = _code_details_contain("rate_limited")
     too_many = _code_details_contain("reached_concurrency_limit")
     details = [(_code_details_contain(text), error) for text, error in by_details.items()]
     details += [(_both(_status_is(status), too_many), error) for status, error in concurrency_refusals()]

@@ -34,7 +34,8 @@ class Snapshot:
 def snapshot(view: View, entry: Entry) -> Snapshot:
     """Everything for one state of the suite. The same arguments give the same snapshot."""
     made = [clusters.fixed(clusters.CONTROL, entry.control)]
-    members = []
+    made.append(clusters.limiter())
+    members = [clusters.endpoints(clusters.LIMITER, view.limiters)]
     if entry.traces:
         made.append(clusters.fixed(clusters.TRACES, entry.traces))
     for cluster, addresses in _clusters(view):

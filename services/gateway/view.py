@@ -34,7 +34,8 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class View:
     """All targets with traffic, ordered by model and version, every Triton there is, every replica's REST
-    API, all models by name, and who may call them.
+    API, all models by name, who may call them, and the control planes that can be asked for limits
+    (`limiters`).
 
     `named` are the targets without traffic that requests may ask for; `zones` has the zone of an endpoint
     that has one, `unhealthy` those that do not answer."""
@@ -47,6 +48,7 @@ class View:
     named: tuple[Target, ...] = ()
     zones: Mapping[str, str] = field(default_factory=dict)
     unhealthy: frozenset[str] = frozenset()
+    limiters: tuple[str, ...] = ()
 
 
 def view(
@@ -54,6 +56,7 @@ def view(
     models: Iterable[Model],
     access: Access | None = None,
     unhealthy: Iterable[str] = (),
+    limiters: Iterable[str] = (),
 ) -> View:
     """A model without traffic has no target; one whose replicas are all away has some without endpoints."""
     alive = sorted(replicas, key=lambda r: r.id)
@@ -89,6 +92,7 @@ def view(
         tuple(named),
         {address: r.labels[ZONE] for r in alive if r.labels.get(ZONE) for address in r.endpoints.values()},
         frozenset(unhealthy),
+        tuple(limiters),
     )
 
 

@@ -14,6 +14,7 @@ from lingqu.registry.v1 import (
     access_pb2_grpc,
     backups_pb2_grpc,
     instances_pb2_grpc,
+    ledger_pb2_grpc,
     models_pb2_grpc,
     rollouts_pb2_grpc,
 )
@@ -32,6 +33,7 @@ from services.registry.etcd import Etcd
 from services.registry.instances import Instances
 from services.registry.leader import Leadership
 from services.registry.leases import Leases
+from services.registry.ledger import Ledger
 from services.registry.mirror import Mirror
 from services.registry.models import Models
 from services.registry.releases import Releases
@@ -40,7 +42,8 @@ from services.registry.rollout_service import Rollouts
 from services.registry.steward import Steward
 
 SERVICES = tuple(
-    f"lingqu.registry.v1.{name}Service" for name in ("Registry", "Model", "Rollout", "Access", "Backup")
+    f"lingqu.registry.v1.{name}Service"
+    for name in ("Registry", "Model", "Rollout", "Access", "Backup", "Ledger")
 )
 # Its clients ping it every three seconds (services/core/discovery.py).
 OPTIONS = {**dict(SERVER_OPTIONS), "grpc.http2.min_ping_interval_without_data_ms": 1_000}
@@ -81,6 +84,7 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         rollouts = Rollouts(catalog, conductor, callers)
         rollouts_pb2_grpc.add_RolloutServiceServicer_to_server(rollouts, server)
         access_pb2_grpc.add_AccessServiceServicer_to_server(Access(mirror, commits, callers), server)
+        ledger_pb2_grpc.add_LedgerServiceServicer_to_server(Ledger(etcd, mirror), server)
         backups_pb2_grpc.add_BackupServiceServicer_to_server(Backups(etcd, mirror, callers), server)
         await stack.enter_async_context(background(mirror.run(), leases.run(), renewals.run()))
         await mirror.synced()

@@ -18,6 +18,12 @@ CLIENTS = f"{PREFIX}access/clients/"
 REVOKED = f"{PREFIX}access/revoked/"
 SHARED_LIMITS = f"{PREFIX}access/limits/"
 ACCESS = f"{PREFIX}access/"
+LIMITERS = f"{PREFIX}limiters/"
+SESSIONS = f"{LIMITERS}sessions/"
+SHARDS = f"{LIMITERS}shards/"
+# Not under PREFIX: nobody needs a copy of it.
+LEDGER = "/lingqu-ledger/"
+FENCES = f"{LEDGER}fences/"
 LEADER = f"{PREFIX}leader"
 RESTORING = f"{PREFIX}restoring"
 # A random text, written once: who resumes with another one has known another store.

@@ -33,6 +33,7 @@ TTL_RANGE_S = (1, 600)
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _INSTANCE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_LEDGER_NAME = re.compile(r"[a-zA-Z0-9/]{1,64}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{0,64}")
 _ALIAS = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _CLIENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
@@ -313,6 +314,18 @@ def _seconds(field: str, value: Duration, most: int) -> None:
 def request_id(value: str) -> str:
     if not _REQUEST_ID.fullmatch(value):
         raise InvalidInput("request_id", "at most 64 letters, digits, '.', '_' and '-'")
+    return value
+
+
+def endpoint(field: str, value: str) -> str:
+    if not _is_endpoint(value):
+        raise InvalidInput(field, "an address and a port, like 10.0.0.7:8081, are needed")
+    return value
+
+
+def ledger_name(value: str) -> str:
+    if not _LEDGER_NAME.fullmatch(value):
+        raise InvalidInput("entries.name", "1 to 64 letters, digits and '/' are needed")
     return value
 
 

@@ -55,7 +55,7 @@ class Envoy:
                 else:
                     self.has[kind] |= set(names)
                     self.has[kind] -= set(response.removed_resources)
-                discovered = [n for n in names if n.startswith(("tensor", "rest"))]
+                discovered = [n for n in names if n.startswith(("tensor", "rest", "limiter"))]
                 if kind == xds.CLUSTER and discovered:
                     warming.append(answer)
                     self.subscribe(xds.ENDPOINTS, *discovered)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from services.gateway.filters import access, authentication, local_limits, model, versions
+from services.gateway.filters import access, authentication, global_limits, local_limits, model, versions
 from services.gateway.filters.chain import CHOICE, COMPOSITE, discovered, fixed, typed
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def stack() -> list[dict[str, Any]]:
         # A client that is refused by its own limit takes nothing from what others share.
         discovered(local_limits.CLIENTS, CHOICE, COMPOSITE),
         discovered(local_limits.MODELS, CHOICE, COMPOSITE),
+        # Last, since it costs a call: what is refused for nothing is not asked for.
+        discovered(global_limits.NAME, CHOICE, COMPOSITE),
         model.scripts(),
         fixed("router", typed("router.v3.Router", {"suppress_envoy_headers": True})),
     ]
@@ -37,4 +39,4 @@ def extensions(view: View, entry: Entry) -> list[dict[str, Any]]:
         access.NAME: access.allowed(view.access, known_only=entry.known_clients_only),
     }
     found = [{"name": name, "typed_config": config} for name, config in made.items()]
-    return [*found, *local_limits.local_limits(view)]
+    return [*found, *local_limits.local_limits(view), global_limits.global_limits(view, entry)]

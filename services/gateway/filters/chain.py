@@ -17,7 +17,7 @@ _CHOICE = "type.googleapis.com/envoy.extensions.common.matching.v3.ExtensionWith
 # As a kind of `discovered`: what `chosen` makes.
 CHOICE = "choice"
 COMPOSITE = "composite.v3.Composite"
-_ACTION = "composite.v3.ExecuteFilterAction"
+ACTION = "composite.v3.ExecuteFilterAction"
 
 
 def typed(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,19 +59,23 @@ def chosen(
         return {"name": name, "typed_config": typed(COMPOSITE, {})}
     kept = {value: {"typed_config": filters} for value, filters in chains.items()}
     actions = {
-        value: structured(_ACTION, {"filter_chain_name": value})
+        value: structured(ACTION, {"filter_chain_name": value})
         if named
-        else typed(_ACTION, {"filter_chain": filters})
+        else typed(ACTION, {"filter_chain": filters})
         for value, filters in kept.items()
     }
     branches = {value: {"action": {"name": "chain", "typed_config": it}} for value, it in actions.items()}
     config = structured(COMPOSITE, {"named_filter_chains": kept}) if named else typed(COMPOSITE, {})
-    choice = {
+    return {"name": name, "typed_config": choice({"matcher_tree": tree(branches)}, config)}
+
+
+def choice(matcher: dict[str, Any], composite: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration of a filter that runs the filters which a matcher's action names, or none."""
+    return {
         "@type": _CHOICE,
-        "xds_matcher": {"matcher_tree": tree(branches)},
-        "extension_config": {"name": "composite", "typed_config": config},
+        "xds_matcher": matcher,
+        "extension_config": {"name": "composite", "typed_config": composite or typed(COMPOSITE, {})},
     }
-    return {"name": name, "typed_config": choice}
 
 
 def by_header(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -87,7 +91,7 @@ def when_present(name: str, header: str, filter_: dict[str, Any]) -> dict[str, A
         "input": {"name": header, "typed_config": {**source, "header_name": header}},
         "value_match": {"safe_regex": {"google_re2": {}, "regex": ".+"}},
     }
-    action = {"action": {"name": "run", "typed_config": typed(_ACTION, {"typed_config": filter_})}}
+    action = {"action": {"name": "run", "typed_config": typed(ACTION, {"typed_config": filter_})}}
     choice = {
         "@type": _CHOICE,
         "xds_matcher": {

@@ -1,0 +1,99 @@
+"""Global limits while control planes, Envoys and etcd die, stop and come back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from bench.fleet import Caller, fleet
+from bench.limit_load import Load
+from tests.conftest import free_offset
+from tests.waiting import until
+
+OK, AWAY = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
+TIMEOUT_S = 0.1
+CLIENTS = {
+    "second": {"requests_per_second": 10},
+    "minute": {"requests_per_minute": 120},
+    "both": {"requests_per_second": 8, "requests_per_minute": 200},
+}
+
+
+def check(load: Load) -> None:
+    for finding in load.findings():
+        print(finding)  # noqa: T201 - pytest shows it when something failed
+        assert finding.most <= finding.limit, str(finding)
+        assert finding.passed > 0, str(finding)
+
+
+async def test_no_window_has_too_much_while_control_planes_die_and_stop(tmp_path: Path) -> None:
+    """One is killed, one stops for longer than its session lives; the third takes their part over."""
+    settings = {"LINGQU_LIMITS_FAIL": "closed", "LINGQU_LIMITS_LEASE_S": "2"}
+    async with fleet(tmp_path, free_offset, [settings] * 3) as made:
+        load = Load(made, CLIENTS)
+        async with load.running():
+            await asyncio.sleep(0.5)
+            await made.gateways[0].control.kill()
+            made.gateways[1].control.signal(signal.SIGSTOP)
+            await asyncio.sleep(4.0)
+            made.gateways[1].control.signal(signal.SIGCONT)
+            await asyncio.sleep(1.0)
+        check(load)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_four_gateways_with_random_kills_and_partitions(tmp_path: Path, seed: int) -> None:
+    """Three minutes of kill -9 of control planes and Envoys, and of control planes that stop and go on."""
+    chance = random.Random(seed)
+    async with fleet(tmp_path, free_offset, [{"LINGQU_LIMITS_FAIL": "closed"}] * 4) as made:
+        load = Load(made, CLIENTS)
+        async with load.running():
+            ends = time.monotonic() + 180
+            while time.monotonic() < ends:
+                gateway = chance.choice(made.gateways)
+                process = chance.choice([gateway.control, gateway.control, gateway.envoy])
+                if process is gateway.control and chance.random() < 0.4:
+                    process.signal(signal.SIGSTOP)
+                    await asyncio.sleep(chance.uniform(0.5, 8))
+                    process.signal(signal.SIGCONT)
+                else:
+                    await process.kill()
+                    await asyncio.sleep(chance.uniform(0.1, 4))
+                    await process.start()
+                await asyncio.sleep(chance.uniform(0.5, 6))
+        check(load)
+
+
+async def test_the_choice_applies_in_time_when_nobody_decides(tmp_path: Path) -> None:
+    """etcd is killed: nothing hangs, and sessions end by the owners' own clocks. Then the control planes."""
+    common = {"LINGQU_LIMITS_TIMEOUT_S": str(TIMEOUT_S), "LINGQU_LIMITS_LEASE_S": "2"}
+    choices = {"open": OK, "closed": AWAY}
+    settings = [{**common, "LINGQU_LIMITS_FAIL": choice} for choice in choices]
+    limits = {"second": {"requests_per_second": 1000}, "minute": {"requests_per_minute": 60_000}}
+    async with fleet(tmp_path, free_offset, settings) as made:
+        async with Load(made, limits).running():
+            pass
+        callers = [Caller(made, gateway, client) for client in limits for gateway in made.gateways]
+
+        async def answers(*expected: grpc.StatusCode, limited: bool) -> bool:
+            begun = time.monotonic()
+            codes = await asyncio.gather(*(caller.ask() for caller in callers))
+            assert time.monotonic() - begun < TIMEOUT_S + 1.0
+            told = ["x-ratelimit-limit" in caller.metadata for caller in callers]
+            return codes == [*expected] * 2 and told == [limited] * len(callers)
+
+        await until(lambda: answers(OK, OK, limited=True), "limits are kept")
+        await made.etcd.kill()
+        await until(lambda: answers(*choices.values(), limited=False), "the choices apply")
+        await made.etcd.start()
+        await until(lambda: answers(OK, OK, limited=True), "limits are kept again")
+        for gateway in made.gateways:
+            await gateway.control.kill()
+        await until(lambda: answers(*choices.values(), limited=False), "the choices apply again")
