@@ -154,6 +154,24 @@ def tensorrt(
     typer.echo(package_half(checkpoint, out, about).folder)
 
 
+@app.command()
+def checkpoint(
+    folder: Path,
+    out: Out = Path("artifacts"),
+    evaluation: Evaluation = NONE,
+    parent: Parent = "",
+    training_run: TrainingRun = "",
+    data_sha256: DataSha256 = "",
+    source: Source = "",
+    label: Label = NONE,
+) -> None:
+    """Make an artifact of a text model for NVIDIA GPUs: a Hugging Face checkpoint, served by TensorRT-LLM."""
+    about = _about(evaluation, parent, training_run, data_sha256, source, label)
+    from pipeline.checkpoint import package_checkpoint
+
+    typer.echo(package_checkpoint(folder, out, about).folder)
+
+
 def _about(
     evaluation: list[str], parent: str, training_run: str, data_sha256: str, source: str, label: list[str]
 ) -> About:

@@ -71,7 +71,8 @@ def package_gguf(
         grammar=f"{GRAMMAR}/{MODEL}",
         architecture=architecture(reader),
     )
-    golden, agreement = certain(gguf, _golden(staging, spec, tokenizer), MIN_AGREEMENT[precision])
+    examples = _golden(staging, spec, tokenizer)
+    golden, agreement = certain(reference(gguf), gguf.name, examples, MIN_AGREEMENT[precision])
     name = reader.get_field("general.name")
     parent = str(name.contents())[:256] if name is not None else ""
     manifest = Manifest(
@@ -86,20 +87,24 @@ def package_gguf(
     return seal(staging, manifest, store)
 
 
+def reference(gguf: Path) -> Any:
+    """What transformers reads out of the file, in FP32."""
+    transformers_logging.disable_progress_bar()
+    with redirect_stderr(io.StringIO()):  # the GGUF reader has a progress bar of its own
+        return AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        ).eval()
+
+
 def certain(
-    gguf: Path, golden: Sequence[GoldenText], min_agreement: float
+    model: Any, name: str, golden: Sequence[GoldenText], min_agreement: float
 ) -> tuple[tuple[GoldenText, ...], float]:
-    """The examples up to where the reference implementation (transformers, FP32) is sure of the token, too;
-    and the share of all their tokens that it takes for the likeliest.
+    """The examples up to where the reference implementation (`model` of transformers, FP32) is sure of the
+    token, too; and the share of all their tokens that it takes for the likeliest.
 
     What a batch or a cached prefix changes in the last bits may decide a near tie, and must not decide
     whether a version is refused. Raises ParityError if the reference takes other tokens for the likeliest too
     often, or is sure of too few."""
-    transformers_logging.disable_progress_bar()
-    with redirect_stderr(io.StringIO()):  # the GGUF reader has a progress bar of its own
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
-        ).eval()
     agreed = total = 0
     kept: list[GoldenText] = []
     for example in golden:
@@ -113,9 +118,9 @@ def certain(
         if length:
             kept.append(example.model_copy(update={"token_ids": example.token_ids[:length]}))
     if agreed < min_agreement * total:
-        raise ParityError(f"{gguf.name}: the reference agrees with {agreed} of {total} golden tokens only")
+        raise ParityError(f"{name}: the reference agrees with {agreed} of {total} golden tokens only")
     if sum(len(example.token_ids) for example in kept) < MIN_CERTAIN_TOKENS:
-        raise ParityError(f"{gguf.name}: the reference is sure of too few golden tokens")
+        raise ParityError(f"{name}: the reference is sure of too few golden tokens")
     return tuple(kept), agreed / total
 
 

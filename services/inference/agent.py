@@ -247,8 +247,6 @@ class Agent:
             self._check(version, manifest.requirements)
             if (claim := unlike(version, manifest)) is not None:
                 raise ArtifactRefused(f"{version.uri} is not what its record says: {claim}")
-            if manifest.runtime == "tensorrt-llm":
-                raise Refused("text on TensorRT-LLM is not wired into Triton yet")
             plan = await self._plan(key, folder, manifest)
             async with self._loading:
                 self._note(key, "loading")

@@ -66,9 +66,10 @@ class Architecture(_Value):
 
 
 class TextSpec(_Value):
-    """A text model: `weights` is its GGUF file, or the openvino_model.xml in the folder that OpenVINO opens;
-    `context_tokens` bounds prompt and answer together. `grammar` is a tiny model with the same vocabulary, by
-    which grammars are tried; without it the model takes none."""
+    """A text model: `weights` is its GGUF file, the openvino_model.xml in the folder that OpenVINO opens, or
+    the safetensors (or their index) of a checkpoint; `context_tokens` bounds prompt and answer together.
+    `grammar` is a tiny model with the same vocabulary, by which grammars are tried; without it the model
+    takes none."""
 
     weights: FilePath
     context_tokens: int = Field(ge=1)

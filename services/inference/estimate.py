@@ -41,9 +41,8 @@ def of(folder: Path, manifest: Manifest, kv_cache_bytes: int) -> Estimate:
     kv = None
     if architecture is not None:
         kv = sizing.KvCache.of(architecture, found.kv_precision or DEFAULT_KV_PRECISION)
-    footprint = sizing.footprint(
-        manifest.runtime, found.by_type, gguf=found.gguf, kv_cache_bytes=kv_cache_bytes
-    )
+    in_memory = 0 if manifest.runtime == "tensorrt-llm" else kv_cache_bytes  # or on the GPU
+    footprint = sizing.footprint(manifest.runtime, found.by_type, gguf=found.gguf, kv_cache_bytes=in_memory)
     return Estimate(footprint, architecture, kv)
 
 

@@ -1,8 +1,9 @@
-"""What is in a file of weights: bytes by type, and the architecture where the file says it. GGUF and OpenVINO
-IR are read by their headers, ONNX by its initialisers if the package onnx is there."""
+"""What is in a file of weights: bytes by type, and the architecture where the file says it. GGUF, OpenVINO IR
+and safetensors are read by their headers, ONNX by its initialisers if the package onnx is there."""
 
 from __future__ import annotations
 
+import json
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -54,7 +55,9 @@ def read(path: Path) -> Weights:
             return _openvino(path)
         if path.suffix == ".onnx":
             return _onnx(path)
-    except (struct.error, ValueError, LookupError, ElementTree.ParseError) as err:
+        if path.name.endswith((".safetensors", ".safetensors.index.json")):
+            return _safetensors(path)
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, ElementTree.ParseError) as err:
         raise UnreadableWeights(f"{path.name}: {err}") from err
     return Weights({"unknown": path.stat().st_size})
 
@@ -169,6 +172,26 @@ def _onnx(path: Path) -> Weights:
         kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         sizes[_SHORT.get(kind.name, kind.name)] += count * kind.itemsize
     return Weights(dict(sizes))
+
+
+def _safetensors(path: Path) -> Weights:
+    """A file, or the index of several (https://huggingface.co/docs/safetensors). Their cache is in half
+    precision, as they are."""
+    files = [path]
+    if path.suffix == ".json":
+        said = json.loads(path.read_text())
+        files = [path.parent / Path(str(name)).name for name in sorted(set(said["weight_map"].values()))]
+    sizes: Counter[str] = Counter()
+    for file in files:
+        with file.open("rb") as opened:
+            length = _scalar(opened, "Q")
+            if length > _MOST:
+                raise ValueError(f"a header of {length} bytes")
+            for name, tensor in json.loads(opened.read(length)).items():
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    sizes[str(tensor["dtype"]).lower()] += int(end) - int(begin)
+    return Weights(dict(sizes), kv_precision="f16")
 
 
 _SHORT = {

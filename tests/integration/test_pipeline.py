@@ -51,10 +51,11 @@ def test_the_published_weights_are_the_checkpoints(gguf: Path, artifacts: dict[s
 def test_the_golden_answers_are_the_references(gguf: Path, artifacts: dict[str, Path]) -> None:
     """transformers in FP32 on the same weights; and answers that are not the model's are found out."""
     golden = Manifest.read(artifacts[TEXT_MODEL]).golden_texts
-    assert decoder.certain(gguf, golden, MIN_AGREEMENT) == (golden, 1.0)
+    reference = decoder.reference(gguf)
+    assert decoder.certain(reference, gguf.name, golden, MIN_AGREEMENT) == (golden, 1.0)
     wrong = [g.model_copy(update={"token_ids": g.token_ids[::-1]}) for g in golden]
     with pytest.raises(ParityError, match="agrees with"):
-        decoder.certain(gguf, wrong, MIN_AGREEMENT)
+        decoder.certain(reference, gguf.name, wrong, MIN_AGREEMENT)
 
 
 def test_a_graph_that_computes_something_else_is_found_out(artifacts: dict[str, Path]) -> None:

@@ -166,16 +166,22 @@ class TensorRtPipeline:
 
 
 def open_pipeline(
-    module: Any, folder: Path, eos_token_ids: Sequence[int], context_tokens: int, max_sequences: int
+    module: Any,
+    folder: Path,
+    eos_token_ids: Sequence[int],
+    context_tokens: int,
+    max_sequences: int,
+    cache_tokens: int | None = None,
 ) -> TensorRtPipeline:
-    """Load the Hugging Face checkpoint in `folder`, in fp16."""
+    """Load the Hugging Face checkpoint in `folder`, in fp16. `cache_tokens` bounds the KV cache: left to
+    itself the engine takes nine tenths of what is free, and nothing can be loaded beside it."""
     llm = module.LLM(
         model=str(folder),
         dtype="float16",
         max_batch_size=max_sequences,
         max_seq_len=context_tokens,
         guided_decoding_backend="xgrammar",
-        kv_cache_config=module.llmapi.KvCacheConfig(enable_block_reuse=True),
+        kv_cache_config=module.llmapi.KvCacheConfig(enable_block_reuse=True, max_tokens=cache_tokens),
     )
     return TensorRtPipeline(module, llm, eos_token_ids)
 

@@ -1,4 +1,4 @@
-"""The text model inside Triton: OpenVINO GenAI's continuous batching, fed from two kinds of requests.
+"""The text model inside Triton: an engine with continuous batching, fed from two kinds of requests.
 
 - Sessions (wire.py): what the inference service uses.
 - Plain Open Inference Protocol requests, for any client: `text_input` (BYTES [1], taken as it is) and
@@ -23,11 +23,11 @@ from tokenizers import Tokenizer
 from services.inference.artifact import Manifest, TextSpec
 from services.inference.backends import wire
 from services.inference.backends.engine import Engine, Job, Sampling, Sink
-from services.inference.backends.openvino_text import OpenVinoText
 from services.inference.backends.outbox import Outbox
 from services.inference.backends.score import Logprobs, Scorer
 from services.inference.backends.sinks import FINAL, RequestSink, SessionSink
 from services.inference.backends.spans import EngineSpans, forwarded_traceparent
+from services.inference.backends.texts import open_text
 from services.inference.tokens import Detokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -40,17 +40,17 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
         folder = Path(args["model_repository"]) / args["model_version"]
-        spec = Manifest.read(folder).text
-        if spec is None:
+        manifest = Manifest.read(folder)
+        if manifest.text is None:
             raise pb_utils.TritonModelException("the artifact's manifest describes no text model")
-        self._spec: TextSpec = spec
+        self._spec: TextSpec = manifest.text
         self._secret = Path(parameters["session_secret_file"]).read_text()
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._spans = EngineSpans(parameters.get("otlp_endpoint", ""), config["name"])
         cache, most = int(parameters["kv_cache_gib"]), int(parameters["max_sequences"])
         self._outbox = Outbox()
         log = pb_utils.Logger.log_error
-        self._engine = Engine(lambda: OpenVinoText(folder, spec, cache, most, log), log, self._outbox.flush)
+        self._engine = Engine(lambda: open_text(manifest, folder, cache, most, log), log, self._outbox.flush)
         self._sessions: dict[str, SessionSink] = {}
         self._folder = folder
         self._scorer: Scorer | None = None  # with the first text to score
