@@ -125,6 +125,8 @@ def _route(
         route["request_headers_to_add"] = added(told)
         if target.affinity != "none":
             to["hash_policy"] = _HASHES
+        if target.affinity == "prefix":
+            route["typed_per_filter_config"] = model.script(model.PREFIX)
     return {**route, "metadata": {"filter_metadata": metadata}}
 
 

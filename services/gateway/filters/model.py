@@ -23,7 +23,7 @@ MODEL = "lingqu.model"
 NO_MODEL = "<none>"
 REST_METADATA = "lingqu.rest"
 LUA = "envoy.filters.http.lua"
-PIN, STREAM, UNKNOWN, UNSERVED = "pin", "stream", "unknown", "unserved"
+PIN, STREAM, PREFIX, UNKNOWN, UNSERVED = "pin", "stream", "prefix", "unknown", "unserved"
 
 _EXTRACTED = "envoy.filters.http.grpc_field_extraction"
 # Whichever of them there is.
@@ -98,6 +98,7 @@ def scripts() -> dict[str, Any]:
     texts = {
         PIN: versions.pinning(),
         STREAM: versions.pinning("stream"),
+        PREFIX: source("prefix.lua"),
         UNKNOWN: _unknown(),
         UNSERVED: versions.unserved(),
     }
