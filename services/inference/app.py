@@ -14,6 +14,7 @@ from lingqu.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_
 from services.core.discovery import Model, Registration, Registry, Replica, Version, Watched
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
+from services.core.limiters import addresses, watched_owners
 from services.core.settings import Address, Addresses, Labels, Settings, Trusted
 from services.core.tasks import background
 from services.core.telemetry import metering, tracing
@@ -35,6 +36,7 @@ from services.inference.store import Store
 from services.inference.tensorrt.builder import SubprocessBuilder
 from services.inference.tensorrt.plan import Plans
 from services.inference.triton import Triton
+from services.inference.usage import UsageReports
 
 SERVICE = "lingqu.inference.v1.InferenceService"
 
@@ -80,10 +82,12 @@ class InferenceSettings(Settings):
 async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(tracing("lingqu-inference", cfg.otlp_endpoint))
-        figures = Figures(stack.enter_context(metering("lingqu-inference", cfg.otlp_endpoint)))
-        admission = Admission(min(cfg.slots, cfg.max_sequences), cfg.queue, figures)
         registry, triton = Registry(cfg.registry), Triton(cfg.triton)
         stack.push_async_callback(registry.close)
+        limiters = watched_owners(registry, asyncio.Event())
+        usage = UsageReports(lambda: addresses(limiters.items.values()))
+        figures = Figures(stack.enter_context(metering("lingqu-inference", cfg.otlp_endpoint)), usage.charge)
+        admission = Admission(min(cfg.slots, cfg.max_sequences), cfg.queue, figures)
         stack.push_async_callback(triton.close)
 
         machine = Machine.here()
@@ -127,8 +131,9 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         stack.push_async_callback(agent.close)
         follow = _follow(agent, models, replicas, registration, changed)
         stack.callback(store.close)  # or the process would wait for the thread that fetches
-        await stack.enter_async_context(background(models.run(), replicas.run(), follow))
+        await stack.enter_async_context(background(models.run(), replicas.run(), limiters.run(), follow))
 
+        await stack.enter_async_context(usage.running())
         server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
         routing = Routing(lambda: models.items if models.synced.is_set() else None, agent.served)
         generation = Generation(admission, Answers(cfg.answers_mib << 20), figures, routing.labels)

@@ -55,6 +55,8 @@ GONE_S = 0.02  # a caller whose deadline is nearer than this has left because of
 
 Labels = tuple[tuple[str, str], ...]
 Gauge = Callable[[], Iterable[tuple[Mapping[str, str], float]]]
+# Tokens that a client has used of a model: (client, model, tokens).
+Charge = Callable[[str, str, int], None]
 
 
 class Outcome(StrEnum):
@@ -88,9 +90,11 @@ class Request:
 
 
 class Figures:
-    """Counters of the last MAX_VERSIONS versions that were served, and gauges asked when they are read."""
+    """Counters of the last MAX_VERSIONS versions that were served, and gauges asked when they are read. What
+    is computed for a client goes to `charge`, too."""
 
-    def __init__(self, meter: Meter | None = None) -> None:
+    def __init__(self, meter: Meter | None = None, charge: Charge | None = None) -> None:
+        self.charge = charge or (lambda client, model, tokens: None)
         self._counters: dict[VersionKey, dict[tuple[str, Labels], float]] = {}
         self._gauges: dict[str, Gauge] = {}
         meter = meter or NoOpMeterProvider().get_meter("")
@@ -134,6 +138,7 @@ class Figures:
             self.add(REQUESTS, key, priority=caller.priority.name.lower(), outcome=outcome)
             if request.prompt_tokens:
                 self.add(PROMPT_TOKENS, key, request.prompt_tokens)
+                self.charge(caller.client, key.model, request.prompt_tokens)
 
     def gauge(self, name: str, values: Gauge) -> None:
         """Ask `values` for labels and values of a gauge whenever it is read, from whatever thread."""

@@ -157,6 +157,8 @@ class Generation:
         generated = max(known.tally.completion_tokens, run.deltas[-1].completion_tokens if run.deltas else 0)
         self._figures.add(PROMPT_TOKENS, known.version, known.tally.prompt_tokens)
         self._figures.add(GENERATED_TOKENS, known.version, generated)
+        # Whoever asked first: those who joined, or were given a kept answer, made nobody compute.
+        self._figures.charge(known.ticket.client, known.version.model, known.tally.prompt_tokens + generated)
         if not run.delivered:
             self._figures.add(WASTED_TOKENS, known.version, generated, outcome=run.left_as)
 

@@ -48,6 +48,7 @@ async def test_no_window_has_too_much_while_control_planes_die_and_stop(tmp_path
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_four_gateways_with_random_kills_and_partitions(tmp_path: Path, seed: int) -> None:
     """Three minutes of kill -9 of control planes and Envoys, and of control planes that stop and go on."""

@@ -24,6 +24,7 @@ from services.inference.figures import Figures
 from services.inference.generation import Generation
 from services.inference.text import Delta, GenerateJob
 from tests.fakes import PROMPT_TOKENS, FakeText
+from tests.waiting import until
 
 JOB = GenerateJob("hello", (), max_tokens=5)
 WHOLE = "0 1 2 3 4 "
@@ -35,7 +36,8 @@ class Desk:
     def __init__(
         self, slots: int = 4, queue: int = 100, mib: float = 1, labels: dict[str, str] | None = None
     ):
-        self.figures = Figures()
+        self.charged: list[tuple[str, str, int]] = []
+        self.figures = Figures(charge=lambda *used: self.charged.append(used))
         self.admission = Admission(slots, queue, self.figures)
         self.answers = Answers(int(mib * (1 << 20)))
         self.generation = Generation(self.admission, self.answers, self.figures, lambda key: labels or {})
@@ -457,3 +459,20 @@ def test_whatever_callers_do_answers_are_whole_and_nothing_is_left(seed: int) ->
         assert desk.count(names.GENERATED_TOKENS) == sum(run.made for run in desk.model.runs)
 
     asyncio.run(story())
+
+
+async def test_tokens_are_charged_to_whoever_made_them_be_computed() -> None:
+    desk = Desk()
+    await desk.ask(caller=Caller("alice"))
+    await desk.ask(caller=Caller("alice"))  # kept
+    assert desk.charged == [("alice", "fake", PROMPT_TOKENS + 5)]
+
+
+async def test_tokens_of_an_answer_that_nobody_waited_for_are_charged_too() -> None:
+    desk = Desk()
+    deltas = desk.generation.generate(desk.model, replace(JOB, max_tokens=10_000), Caller("alice"))
+    async for _ in deltas:
+        break
+    await deltas.aclose()
+    await until(lambda: bool(desk.charged), "it is charged")
+    assert desk.charged[0][2] > PROMPT_TOKENS

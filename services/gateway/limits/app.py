@@ -13,9 +13,10 @@ from lingqu.gateway.v1.limiter_pb2_grpc import add_LimiterServiceServicer_to_ser
 from services.core.access import Access
 from services.core.discovery import Registry, Watched
 from services.core.errors import BackendUnavailable
+from services.core.limiters import Record, addresses, watched_owners
 from services.core.tasks import background
 from services.gateway.limits.clock import clock
-from services.gateway.limits.ledger import Record, RegistryLedger, Session, watched_owners
+from services.gateway.limits.ledger import RegistryLedger
 from services.gateway.limits.limiter import Limiter
 from services.gateway.limits.peers import Peers
 from services.gateway.limits.rules import Rules
@@ -48,7 +49,7 @@ class GlobalLimits:
     @property
     def addresses(self) -> tuple[str, ...]:
         """Of all control planes that can be asked."""
-        return tuple(sorted({s.address for s in self._owners.items.values() if isinstance(s, Session)}))
+        return addresses(self._owners.items.values())
 
     def add_to(self, server: grpc.aio.Server) -> None:
         rls_pb2_grpc.add_RateLimitServiceServicer_to_server(RateLimits(self._limiter), server)

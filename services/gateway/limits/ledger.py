@@ -1,18 +1,16 @@
-"""The registry's ledger as owners of shards use it, and who the owners are."""
+"""The registry's ledger as owners of shards use it."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from lingqu.registry.v1 import ledger_pb2 as pb
 from lingqu.registry.v1.ledger_pb2_grpc import LedgerServiceStub
-from services.core.discovery import NO_ANSWER, Registry, Watched
+from services.core.discovery import NO_ANSWER, Registry
 from services.core.errors import BackendUnavailable, Conflict, LeaseExpired
 from services.gateway.limits.cells import Writes
 
@@ -22,36 +20,6 @@ CALL_TIMEOUT_S = 1.0
 FAREWELL_TIMEOUT_S = 2.0
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A control plane that can own shards; `address` is "host:port"."""
-
-    id: int
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """Who holds a shard."""
-
-    shard: int
-    session: Session
-
-
-Record: TypeAlias = Session | Owner
-
-
-def watched_owners(registry: Registry, changed: asyncio.Event) -> Watched[Record]:
-    """Sessions as "session ID" and owners as "shard NUMBER", kept current."""
-
-    async def watch(revision: int, store_id: str) -> Any:
-        request = pb.WatchShardsRequest(resume_revision=revision, store_id=store_id)
-        async for update in LedgerServiceStub(registry.channel).WatchShards(request):
-            yield _Update(update)
-
-    return Watched(registry, watch, lambda record: record, changed)
 
 
 class RegistryLedger:
@@ -111,24 +79,3 @@ def _write(shard: int, fence: int, writes: Writes) -> pb.ShardWrite:
         for name, (value, ttl_s) in writes.entries.items()
     ]
     return pb.ShardWrite(shard=shard, fence=fence, entries=entries, forget=writes.forget)
-
-
-class _Update:
-    """One answer of WatchShards, with sessions and owners under names of their own."""
-
-    def __init__(self, update: pb.WatchShardsResponse) -> None:
-        self.revision = update.revision
-        self.store_id = update.store_id
-        self.snapshot = update.snapshot
-        self.stale = update.stale
-        self.removed = [f"session {session_id}" for session_id in update.ended_sessions]
-        self.removed += [f"shard {shard}" for shard in update.freed_shards]
-        self._update = update
-
-    @property
-    def upserted(self) -> Iterator[tuple[str, Record]]:
-        for session in self._update.sessions:
-            yield f"session {session.session_id}", Session(session.session_id, session.address)
-        for owner in self._update.owners:
-            holder = Session(owner.session_id, owner.address)
-            yield f"shard {owner.shard}", Owner(owner.shard, holder)

@@ -17,9 +17,9 @@ from hashlib import blake2b
 from typing import Protocol
 
 from services.core.errors import Conflict, LeaseExpired, LingquError
+from services.core.limiters import Owner, Record, Session
 from services.gateway.limits.cells import HANDOVER, Writes
 from services.gateway.limits.clock import Clock, Moment
-from services.gateway.limits.ledger import Owner, Record, Session
 from services.gateway.limits.rules import SHARDS
 from services.gateway.limits.shard import Shard
 
