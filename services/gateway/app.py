@@ -21,7 +21,7 @@ from services.core.discovery import Model, Registry, Replica, Watched
 from services.core.files import write_secret, write_whole
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
-from services.core.settings import Address, Addresses, Settings
+from services.core.settings import Address, Addresses, Origins, Settings
 from services.core.tasks import background
 from services.core.telemetry import tracing
 from services.gateway.ads import Ads, Snapshots
@@ -45,6 +45,8 @@ class GatewaySettings(Settings):
     gateway_address: Address | None = None
     """Where Envoy reaches this process; default: gateway_listen."""
     registry: Addresses = "127.0.0.1:8082"
+    cors_origins: Origins = ()
+    """Web pages that may call the public port, "https://app.example,https://*.lab.example"; default: none."""
     signing_key: Path = Path(".lingqu/gateway/signing.pem")
     jwks: Path | None = None
     """Where the public half is written, for those who have to know callers; default: jwks.json beside it."""
@@ -122,6 +124,7 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
             traces=cfg.otlp_endpoint,
             known_clients_only=cfg.known_clients_only,
             limits=Limiting(cfg.limits_timeout_s, cfg.limits_fail == "closed"),
+            cors_origins=cfg.cors_origins,
         )
         address = cfg.limiter_address or entry.control
         control = ControlPlane(entry, registry, address, cfg.limits_lease_s)

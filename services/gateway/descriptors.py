@@ -8,6 +8,7 @@ from typing import Any
 
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.rpc import error_details_pb2, status_pb2
 from tritonclient.grpc import service_pb2 as oip_pb2
 
 from lingqu.inference.v1 import inference_pb2
@@ -53,6 +54,9 @@ def descriptor_set() -> str:
 
     add(inference_pb2.DESCRIPTOR)
     add(oip_pb2.DESCRIPTOR)
+    # What errors are made of.
+    add(status_pb2.DESCRIPTOR)
+    add(error_details_pb2.DESCRIPTOR)
     found = FileDescriptorSet()
     for file in files.values():
         file.CopyToProto(found.file.add())

@@ -9,6 +9,7 @@ from typing import Any
 from services.core.errors import (
     BackendUnavailable,
     DeadlinePassed,
+    InvalidInput,
     LimitReached,
     MessageTooLarge,
     NotFound,
@@ -22,7 +23,7 @@ from services.gateway.clusters import ADS, TRACES, socket_address
 from services.gateway.filters.global_limits import UNREACHABLE
 from services.gateway.filters.local_limits import LIMIT_HEADER, concurrency_refusals
 from services.gateway.headers import OWN_HEADERS
-from services.gateway.routes import ROUTES
+from services.gateway.routes import OWN_REST, ROUTES
 
 LISTENER = "public"
 
@@ -43,6 +44,7 @@ class Entry:
     control: str
     jwks: Mapping[str, object]
     traces: str = ""
+    cors_origins: tuple[str, ...] = ()
     times: edge.Times = field(default_factory=edge.Times)
     known_clients_only: bool = False
     limits: Limiting = field(default_factory=Limiting)
@@ -59,7 +61,7 @@ def listener(entry: Entry) -> dict[str, Any]:
         "generate_request_id": bool(entry.traces),
         "rds": {"config_source": ADS, "route_config_name": ROUTES},
         "early_header_mutation_extensions": [_strip_own_headers()],
-        "http_filters": filters.stack(),
+        "http_filters": filters.stack(entry),
         "local_reply_config": {"mappers": _mappers()},
     }
     if entry.traces:
@@ -98,6 +100,7 @@ def _mappers() -> list[dict[str, Any]]:
         "stream_idle_timeout": too_slow,
         "max_duration_timeout": too_slow,
         UNREACHABLE: BackendUnavailable("nobody can say whether a limit is reached; try again"),
+        "path_normalization": InvalidInput("path", "cannot be resolved, or has an escaped slash"),
         "overload": BackendUnavailable("the gateway is short of memory; try again"),
         **filters.access.DENIALS,
     }
@@ -119,6 +122,11 @@ def _mappers() -> list[dict[str, Any]]:
     statuses = [(_status_is(status), error) for status, error in by_status.items()]
     for_rest = [*details, *statuses, *((_status_is(status), error) for status, error in only_rest.items())]
     return [
+        {"filter": _both(_OWN_REST, too_fast), **replies.own_rest_reply_from(LIMIT_HEADER, any_limit)},
+        *({"filter": _both(_OWN_REST, found), **replies.own_rest_reply(error)} for found, error in for_rest),
+        {"filter": _both(_OWN_REST, _status_is(400)), **replies.malformed_reply()},
+        # Not what scripts answer as gRPC does, with 200: that is transcoded.
+        {"filter": _both(_OWN_REST, _status_is(400, "GE")), **replies.any_own_rest_reply()},
         {"filter": _both(_REST, too_fast), **replies.rest_reply_from(LIMIT_HEADER, any_limit)},
         {"filter": too_fast, **replies.reply_from(LIMIT_HEADER)},
         *({"filter": _both(_REST, found), **replies.rest_reply(error)} for found, error in for_rest),
@@ -138,15 +146,20 @@ _REST = _expression(
     "!(response.code_details == 'lua_response' && response.code in [400, 404]) && !("
     "'content-type' in request.headers && request.headers['content-type'].startsWith('application/grpc'))"
 )
+# Our own API, before and after it has become gRPC.
+_OWN_REST = _expression(
+    f"request.method == 'POST' && request.url_path.startsWith('{OWN_REST}')"
+    " || 'x-envoy-original-path' in request.headers"
+)
 
 
 def _code_details_contain(text: str) -> dict[str, Any]:
     return _expression(f"response.code_details.contains('{text}')")
 
 
-def _status_is(status: int) -> dict[str, Any]:
+def _status_is(status: int, how: str = "EQ") -> dict[str, Any]:
     value = {"default_value": status, "runtime_key": f"lingqu.{status}"}
-    return {"status_code_filter": {"comparison": {"value": value}}}
+    return {"status_code_filter": {"comparison": {"op": how, "value": value}}}
 
 
 def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Answers that Envoy gives by itself, in the form clients expect: status, message and details for gRPC,
-OpenAI's error object for REST."""
+OpenAI's error object for OpenAI's REST API, google.rpc.Status as JSON for our own."""
 
 from __future__ import annotations
 
 import base64
 from typing import Any
 
-from services.core.errors import LingquError, to_rpc_status
+from google.protobuf.json_format import MessageToDict
+
+from services.core.errors import InvalidInput, LingquError, to_rpc_status
 from services.core.rest import to_http
 
 
@@ -36,12 +38,39 @@ def local_reply(error: LingquError) -> dict[str, Any]:
 
 def rest_reply(error: LingquError) -> dict[str, Any]:
     """The rewriting part of a mapper for REST."""
+    return _json_reply(error, _escaped(to_http(error).body))
+
+
+def own_rest_reply(error: LingquError) -> dict[str, Any]:
+    """The rewriting part of a mapper for our own API, alike to what Envoy makes of backends' errors."""
+    return _json_reply(error, _escaped(_status(error)))
+
+
+def own_rest_reply_from(header: str, error: LingquError) -> dict[str, Any]:
+    """As rest_reply_from."""
+    body = {**_status(error), "message": f"%RESP({header})%"}
+    return {"status_code": to_http(error).status, "body_format_override": {"json_format": body}}
+
+
+def any_own_rest_reply() -> dict[str, Any]:
+    """As any_rest_reply; UNKNOWN, since Envoy's statuses are those of HTTP."""
+    status = {"code": 2, "message": "%LOCAL_REPLY_BODY%", "details": []}
+    return {"body_format_override": {"json_format": status}}
+
+
+def malformed_reply() -> dict[str, Any]:
+    """The same for what is no request of our own API, with Envoy's words."""
+    error = InvalidInput("request", "%LOCAL_REPLY_BODY%")
+    return _json_reply(error, _status(error))
+
+
+def _status(error: LingquError) -> dict[str, Any]:
+    return MessageToDict(to_rpc_status(error), preserving_proto_field_name=True)
+
+
+def _json_reply(error: LingquError, body: dict[str, Any]) -> dict[str, Any]:
     made = to_http(error)
-    # To Envoy a % begins a variable.
-    reply: dict[str, Any] = {
-        "status_code": made.status,
-        "body_format_override": {"json_format": _escaped(made.body)},
-    }
+    reply: dict[str, Any] = {"status_code": made.status, "body_format_override": {"json_format": body}}
     if made.retry_after_s is not None:
         header = {"key": "retry-after", "value": str(made.retry_after_s)}
         reply["headers_to_add"] = [{"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}]
@@ -67,6 +96,9 @@ def any_rest_reply() -> dict[str, Any]:
 
 
 def _escaped(value: Any) -> Any:
+    """To Envoy a % begins a variable."""
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
     if isinstance(value, dict):
         return {key: _escaped(inner) for key, inner in value.items()}
     return value.replace("%", "%%") if isinstance(value, str) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from services.core.errors import LingquError, Unimplemented
@@ -18,7 +19,7 @@ from services.gateway.descriptors import (
     TEXT_SERVICE,
 )
 from services.gateway.edge import MAX_MESSAGE_BYTES
-from services.gateway.filters import model, versions
+from services.gateway.filters import model, versions, web
 from services.gateway.headers import MODEL_HEADER
 from services.gateway.splits import (
     KINDS,
@@ -38,9 +39,11 @@ JSON = "envoy.filters.http.json_to_metadata"
 # Requests that name a model in their JSON body, and whatever else REST answers.
 REST_WITH_MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 REST_OTHERS = ("/v1/", "/openapi.json")
+# GET is OpenAI's; POST /v1/models/{model}:verb is ours.
+OWN_REST = "/v1/models/"
 
 
-def routes(view: View) -> dict[str, Any]:
+def routes(view: View, cors_origins: Sequence[str] = ()) -> dict[str, Any]:
     """A tree, not a list: by service, then by model, then by the version asked for, so that a thousand
     models cost what one costs."""
     to_control = {"route": {"cluster": CONTROL, **UNBOUNDED}}
@@ -53,8 +56,8 @@ def routes(view: View) -> dict[str, Any]:
     elsewhere = _local_reply(Unimplemented("there is no such method on this port"))
     elsewhere["typed_per_filter_config"] = {**model.script(model.UNKNOWN), **versions.asked()}
     services = {
-        **{prefix: action(to_control) for prefix in (*OPEN_PREFIXES, "/lingqu.gateway.v1.GatewayService/")},
-        **{f"/{TENSOR_SERVICE}/{method}": action(to_any_triton) for method in TENSOR_SERVER},
+        **{prefix: _grpc(to_control) for prefix in (*OPEN_PREFIXES, "/lingqu.gateway.v1.GatewayService/")},
+        **{f"/{TENSOR_SERVICE}/{method}": _grpc(to_any_triton) for method in TENSOR_SERVER},
         **{
             f"/{service}{'' if service == TENSOR_STREAM else '/'}": _by_model(
                 known, _unread(service, elsewhere)
@@ -64,9 +67,31 @@ def routes(view: View) -> dict[str, Any]:
         },
         **dict.fromkeys(REST_WITH_MODEL, _rest(by_model[REST_SERVICE])),
         **dict.fromkeys(REST_OTHERS, action(_to_any_rest())),
+        OWN_REST: _own_rest(),
     }
-    tree = {"matcher_tree": _by_path(services), "on_no_match": action(elsewhere)}
-    return {"name": ROUTES, "virtual_hosts": [{"name": "all", "domains": ["*"], "matcher": tree}]}
+    tree = {"matcher_tree": _by_header(":path", services), "on_no_match": action(elsewhere)}
+    host: dict[str, Any] = {"name": "all", "domains": ["*"], "matcher": tree}
+    if cors_origins:
+        host["typed_per_filter_config"] = web.cors_policy(cors_origins)
+    return {"name": ROUTES, "virtual_hosts": [host]}
+
+
+def _grpc(route: dict[str, Any]) -> dict[str, Any]:
+    """The same for gRPC and gRPC-Web, which is told apart by its content type."""
+    extras = {**route.get("typed_per_filter_config", {}), **web.switched_on(web.GRPC_WEB)}
+    branches = {web.GRPC_WEB_TYPE: action({**route, "typed_per_filter_config": extras})}
+    return {"matcher": {"matcher_tree": _by_header("content-type", branches), "on_no_match": action(route)}}
+
+
+def _own_rest() -> dict[str, Any]:
+    """Our own API as JSON. It comes by here as it was sent, goes nowhere, and is routed anew as gRPC."""
+    transcoded = {
+        "route": {"cluster": CONTROL, "timeout": "0s"},
+        "typed_per_filter_config": web.switched_on(web.TRANSCODER),
+        "request_body_buffer_limit": MAX_MESSAGE_BYTES,
+    }
+    posted = _by_header(":method", {"POST": action(transcoded)})
+    return {"matcher": {"matcher_tree": posted, "on_no_match": action(_to_any_rest())}}
 
 
 def _unread(service: str, elsewhere: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +104,9 @@ def _unread(service: str, elsewhere: dict[str, Any]) -> dict[str, Any]:
     }
     if service == TENSOR_STREAM:
         # Triton's clients open their stream first, and ask when there is something to ask.
-        return action({**reading, "route": {"cluster": CONTROL, **UNBOUNDED}})
-    branches = dict.fromkeys((f"/{service}/{method}" for method in NAMING_MODELS[service]), action(reading))
-    return {"matcher": {"matcher_tree": _by_path(branches), "on_no_match": action(elsewhere)}}
+        return _grpc({**reading, "route": {"cluster": CONTROL, **UNBOUNDED}})
+    branches = dict.fromkeys((f"/{service}/{method}" for method in NAMING_MODELS[service]), _grpc(reading))
+    return {"matcher": {"matcher_tree": _by_header(":path", branches), "on_no_match": action(elsewhere)}}
 
 
 def _models(service: str, view: View) -> dict[str, Any]:
@@ -99,10 +124,7 @@ def _rest(known: dict[str, Any]) -> dict[str, Any]:
     replica."""
     # A request comes by here first, without a model: this switches the filter on that looks for one.
     reading = {
-        "typed_per_filter_config": {
-            JSON: {"@type": "type.googleapis.com/envoy.config.route.v3.FilterConfig", "config": {}},
-            **versions.asked(),
-        },
+        "typed_per_filter_config": {**web.switched_on(JSON), **versions.asked()},
         "request_body_buffer_limit": MAX_BODY_BYTES,
     }
     unread = action({**_to_any_rest(), **reading})
@@ -124,10 +146,11 @@ def _to_any_rest() -> dict[str, Any]:
     }
 
 
-def _by_path(branches: dict[str, Any]) -> dict[str, Any]:
+def _by_header(name: str, branches: dict[str, Any]) -> dict[str, Any]:
+    """By the longest beginning of the header's value."""
     source = {"@type": "type.googleapis.com/envoy.type.matcher.v3.HttpRequestHeaderMatchInput"}
     return {
-        "input": {"name": ":path", "typed_config": {**source, "header_name": ":path"}},
+        "input": {"name": name, "typed_config": {**source, "header_name": name}},
         "prefix_match_map": {"map": branches},
     }
 

@@ -47,7 +47,7 @@ def snapshot(view: View, entry: Entry) -> Snapshot:
         xds.SECRETS: {},
         xds.LISTENER: _named(xds.LISTENER, "name", [listener(entry)]),
         xds.EXTENSIONS: _named(xds.EXTENSIONS, "name", filters.extensions(view, entry)),
-        xds.ROUTES: _named(xds.ROUTES, "name", [routes(view)]),
+        xds.ROUTES: _named(xds.ROUTES, "name", [routes(view, entry.cors_origins)]),
     }
     versions = {kind: {name: _digest([m]) for name, m in named.items()} for kind, named in found.items()}
     return Snapshot(found, versions, _digest(m for named in found.values() for m in named.values()))

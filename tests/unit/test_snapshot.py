@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,18 @@ def test_json_is_read_only_where_rest_is_served() -> None:
     reading = "envoy.filters.http.json_to_metadata"
     on = [r["route"]["cluster"] for r in routes_of(made) if reading in r.get("typed_per_filter_config", {})]
     assert on == ["rest"] * 3
+
+
+def test_what_browsers_and_json_need_is_off_unless_a_route_switches_it_on() -> None:
+    made = snapshot(view([], []), ENTRY)
+    manager = as_dict(made, xds.LISTENER)["public"]["filter_chains"][0]["filters"][0]["typed_config"]
+    off = {f["name"].rpartition(".")[2] for f in manager["http_filters"] if f.get("disabled")}
+    assert off >= {"grpc_web", "grpc_json_transcoder", "json_to_metadata"}
+    assert not any(f["name"].endswith(".cors") for f in manager["http_filters"])
+    asked = replace(ENTRY, cors_origins=("https://app.example",))
+    manager = as_dict(snapshot(view([], []), asked), xds.LISTENER)["public"]["filter_chains"][0]["filters"][0]
+    # Browsers send no key when they ask what they may send.
+    assert manager["typed_config"]["http_filters"][0]["name"] == "envoy.filters.http.cors"
 
 
 def test_tensor_models_have_no_rest() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from services.gateway.filters import access, authentication, global_limits, local_limits, model, versions
+from services.gateway.filters import access, authentication, global_limits, local_limits, model, versions, web
 from services.gateway.filters.chain import CHOICE, COMPOSITE, discovered, fixed, typed
 
 if TYPE_CHECKING:
@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from services.gateway.view import View
 
 
-def stack() -> list[dict[str, Any]]:
+def stack(entry: Entry) -> list[dict[str, Any]]:
     """Outermost first."""
     return [
+        # Before keys are asked for: browsers send none when they ask what they may send.
+        *([web.cors()] if entry.cors_origins else []),
+        web.grpc_web(),
         discovered(authentication.NAME, authentication.TYPE),
+        web.transcoder(),
         model.of_grpc(),
         model.of_rest(),
         model.as_state(),

@@ -1,4 +1,5 @@
-"""The OpenAPI document of what app.py serves, made from the schemas that check the requests."""
+"""The OpenAPI document of both REST APIs: OpenAI's, which app.py serves, made from the schemas that check the
+requests, and our own, which the gateway makes of gRPC (transcoded.py)."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from typing import Any
 import orjson
 from pydantic.json_schema import models_json_schema
 
+from services.inference.rest import transcoded
 from services.inference.rest.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 
-_REF = "#/components/schemas/"
+_REF = transcoded.REF
 _REQUESTS = (ChatRequest, CompletionRequest, EmbeddingRequest)
 
 
@@ -21,13 +23,14 @@ def document() -> bytes:
         [(model, "validation") for model in _REQUESTS], ref_template=_REF + "{model}", by_alias=True
     )
     generate = "Continue a chat; with `stream`, as server-sent events that end with `data: [DONE]`."
-    schemas = made["$defs"] | _ANSWERS
+    schemas = made["$defs"] | _ANSWERS | transcoded.schemas()
     value = {
         "openapi": "3.1.0",
         "info": {
-            "title": "Lingqu: OpenAI's REST API",
+            "title": "Lingqu: the text API and OpenAI's, as REST",
             "version": "v1",
-            "description": "What is supported, ignored and refused: docs/openai.md",
+            "description": "The text API is POST /v1/models/{model}:verb, described by "
+            "protos/lingqu/inference/v1; what of OpenAI's is supported, ignored and refused: docs/openai.md",
         },
         "security": [{"key": []}],
         "paths": {
@@ -50,6 +53,7 @@ def document() -> bytes:
                     }
                 ],
             },
+            **transcoded.paths(),
         },
         "components": {
             "schemas": schemas,
