@@ -178,7 +178,7 @@ async def running_envoy(config: Path, layout: Layout) -> AsyncIterator[None]:
         await process.wait()
 
 
-def field(number: int, value: bytes) -> bytes:
+def field_of(number: int, value: bytes) -> bytes:
     """A field of a message as it is on the wire."""
     return bytes([number << 3 | 2, len(value)]) + value
 
@@ -193,16 +193,16 @@ def signed(keys: KeyRing, client: str = "tester", **claims: object) -> str:
 class Calls:
     """Calls through one gate by one key: "" for what passed, otherwise the reason of the refusal."""
 
-    def __init__(self, gate: Gate, key: str) -> None:
-        self._gate = gate
+    def __init__(self, address: str, key: str) -> None:
+        self._address = address
         self._metadata = (("authorization", f"Bearer {key}"),)
         self._client = httpx.AsyncClient(
-            base_url=f"http://{gate.address}", trust_env=False, headers=dict(self._metadata)
+            base_url=f"http://{address}", trust_env=False, headers=dict(self._metadata)
         )
 
     async def grpc(self, path: str, message: bytes) -> tuple[str, str]:
         """The status and the reason."""
-        async with grpc.aio.insecure_channel(self._gate.address) as channel:
+        async with grpc.aio.insecure_channel(self._address) as channel:
             call: Any = channel.unary_unary(path)
             try:
                 await call(message, metadata=self._metadata, timeout=10)

@@ -33,18 +33,19 @@ FAILED = instances_pb2.HOSTED_STATE_FAILED
 
 
 class Api:
-    """All stubs of one registry. `metadata` goes with the calls of `release` methods."""
+    """All stubs of one registry."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, address: str = "") -> None:
+        self.address = address
         self.instances: Any = RegistryServiceStub(channel)
         self.models: Any = ModelServiceStub(channel)
         self.rollouts: Any = RolloutServiceStub(channel)
         self.access: Any = AccessServiceStub(channel)
         self.backups: Any = BackupServiceStub(channel)
 
-    async def create(self, model: str = "m", **fields: Any) -> int:
+    async def create(self, model: str = "m", metadata: Any = None, **fields: Any) -> int:
         request = models_pb2.CreateModelVersionRequest(version=version(model, **fields))
-        answer = await self.models.CreateModelVersion(request, timeout=5)
+        answer = await self.models.CreateModelVersion(request, timeout=5, metadata=metadata)
         return int(answer.version.version)
 
     async def host(
@@ -60,9 +61,12 @@ class Api:
         request.ttl.FromSeconds(60)
         await self.instances.RegisterInstance(request, timeout=5)
 
-    async def promote(self, number: int, model: str = "m", **fields: Any) -> models_pb2.Model:
+    async def promote(
+        self, number: int, model: str = "m", metadata: Any = None, **fields: Any
+    ) -> models_pb2.Model:
         request = models_pb2.PromoteModelVersionRequest(model=model, version=number, **fields)
-        return (await self.models.PromoteModelVersion(request, timeout=5)).model  # type: ignore[no-any-return]
+        answer = await self.models.PromoteModelVersion(request, timeout=5, metadata=metadata)
+        return answer.model  # type: ignore[no-any-return]
 
     async def split(self, weights: dict[int, int], model: str = "m", **fields: Any) -> models_pb2.Model:
         shares = [models_pb2.Weight(version=v, percent=p) for v, p in weights.items()]
@@ -101,7 +105,7 @@ async def served(etcd: EtcdServer, **settings: Any) -> AsyncIterator[Api]:
     address = f"127.0.0.1:{8082 + free_offset()}"
     cfg = RegistrySettings(registry_listen=address, etcd=etcd.address, grace_s=0.1, **settings)
     async with running(cfg), grpc.aio.insecure_channel(address) as channel:
-        yield Api(channel)
+        yield Api(channel, address)
 
 
 class RegistryProcess:

@@ -47,6 +47,10 @@ class Layout:
         """The gateway's public keys."""
         return self.state / "gateway" / "jwks.json"
 
+    def audit(self, part: str) -> Path:
+        """What was administered in a part, by whom."""
+        return self.state / "audit" / f"{part}.jsonl"
+
     @property
     def suite_file(self) -> Path:
         """What `lingqu status` reads: ports, and the process of every part."""

@@ -55,6 +55,7 @@ def parts(layout: Layout, options: Options) -> list[Part]:
                 "LINGQU_REGISTRY_LISTEN": layout.address(at.REGISTRY),
                 "LINGQU_JWKS": str(layout.jwks),
                 "LINGQU_ETCD": layout.address(at.ETCD),
+                "LINGQU_AUDIT_LOG": str(layout.audit("registry")),
             },
         ),
         _service(
@@ -69,6 +70,7 @@ def parts(layout: Layout, options: Options) -> list[Part]:
                 "LINGQU_SIGNING_KEY": str(layout.state / "gateway" / "signing.pem"),
                 "LINGQU_JWKS": str(layout.jwks),
                 "LINGQU_DEV_KEY": str(layout.dev_key),
+                "LINGQU_AUDIT_LOG": str(layout.audit("gateway")),
             },
         ),
         *(inference(layout, number, common) for number in _numbers(options)),

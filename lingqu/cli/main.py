@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lingqu
-from lingqu.cli import clients, limits, models, registry, releases, rollouts, sizes, suite, tasks, text
+from lingqu.cli import clients, keys, limits, models, registry, releases, rollouts, sizes, suite, tasks, text
 from lingqu.cli.connection import Suite
 
 app = typer.Typer(
@@ -71,7 +71,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(clients.app, name="clients")
 app.add_typer(limits.app, name="limits")
-app.add_typer(suite.keys, name="keys")
+app.add_typer(keys.app, name="keys")
 app.add_typer(registry.app, name="registry")
 
 

@@ -1,4 +1,4 @@
-"""`lingqu up`, `status`, `instances` and `keys`."""
+"""`lingqu up`, `status` and `instances`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,14 @@ import os
 from typing import Annotated, Any
 
 import typer
-from google.protobuf.duration_pb2 import Duration
-from rich.markup import escape
 from rich.table import Table
 
-from lingqu.cli import clients
-from lingqu.cli.connection import GATEWAY_PORT, REGISTRY_PORT, Suite, err, fail, out, run
+from lingqu.cli.connection import REGISTRY_PORT, Suite, err, fail, out, run
 from lingqu.cli.models import read_models
 from lingqu.cli.modelview import hosted, models_table
-from lingqu.cli.output import Format, Output, as_json, when
-from lingqu.cli.output import table as show_table
-from lingqu.gateway.v1 import gateway_pb2
-from lingqu.gateway.v1.gateway_pb2_grpc import GatewayServiceStub
-from lingqu.registry.v1 import access_pb2, instances_pb2
+from lingqu.cli.output import Format, Output, as_json
+from lingqu.registry.v1 import instances_pb2
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
-
-keys = typer.Typer(help="API keys.", no_args_is_help=True)
 
 
 def up(
@@ -102,69 +94,6 @@ def instances(context: typer.Context, output: Output = Format.table) -> None:
         models = " ".join(map(hosted, instance.models))
         table.add_row(instance.id, instance.service, endpoints, models or "–")
     out.print(table)
-    if answer.stale:
-        err.print("[yellow]etcd is out of reach: this is the last known state[/yellow]")
-
-
-@keys.command("create")
-def create(
-    context: typer.Context,
-    client: Annotated[str, typer.Argument(help="Name of the client that will use the key.")],
-    days: Annotated[int, typer.Option(help="Valid for so many days.", min=1, max=366)] = 30,
-    admin: Annotated[
-        bool, typer.Option(help="The key may also administer the gateway and the registry.")
-    ] = False,
-    output: Output = Format.table,
-) -> None:
-    """Sign a new API key. It is shown once and stored nowhere."""
-
-    async def work(suite: Suite) -> Any:
-        async with suite.channel(GATEWAY_PORT) as channel:
-            request = gateway_pb2.CreateKeyRequest(
-                client=client, ttl=Duration(seconds=days * 86400), admin=admin
-            )
-            metadata = (("authorization", f"Bearer {suite.secret}"),)
-            return await GatewayServiceStub(channel).CreateKey(request, metadata=metadata, timeout=10)
-
-    answer = run(work(context.obj))
-    if output == Format.json:
-        as_json(answer)
-        return
-    err.print(
-        f"[dim]key {answer.key_id} for {client}, valid until {answer.expire_time.ToDatetime():%Y-%m-%d}[/dim]"
-    )
-    typer.echo(answer.key)
-
-
-@keys.command("revoke")
-def revoke(
-    context: typer.Context,
-    key_id: Annotated[
-        str, typer.Argument(help="Id of the key, as `keys create` told it; not the key itself.")
-    ],
-    client: Annotated[str, typer.Option(help="Whose key it is, for the record.")] = "",
-    reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
-    output: Output = Format.table,
-) -> None:
-    """Take a key back: it is refused from now on."""
-    request = access_pb2.RevokeKeyRequest(key_id=key_id, client=client, reason=reason)
-    key = clients.call(context.obj, lambda stub: stub.RevokeKey, request).key
-    if output == Format.json:
-        as_json(key)
-    else:
-        out.print(f"{escape(key.key_id)}: revoked")
-
-
-@keys.command("revoked")
-def revoked(context: typer.Context, output: Output = Format.table) -> None:
-    """The keys that were taken back."""
-    request = access_pb2.ListRevokedKeysRequest()
-    answer = clients.call(context.obj, lambda stub: stub.ListRevokedKeys, request)
-    if output == Format.json:
-        as_json(answer.keys)
-        return
-    rows = [(k.key_id, k.client, when(k.revoke_time), k.reason) for k in answer.keys]
-    show_table(("KEY", "CLIENT", "REVOKED (UTC)", "REASON"), rows, "no key was revoked")
     if answer.stale:
         err.print("[yellow]etcd is out of reach: this is the last known state[/yellow]")
 

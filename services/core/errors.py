@@ -208,6 +208,13 @@ class LimitReached(LingquError):
         self.metadata = {"limit": limit, "of": of}
 
 
+class TooManyKeys(LingquError):
+    """More keys are alive than are kept account of."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "TOO_MANY_KEYS"
+
+
 class MessageTooLarge(LingquError):
     """Larger than is read; trying again does not help."""
 

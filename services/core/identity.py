@@ -15,6 +15,7 @@ from services.core.errors import BackendUnavailable, LingquError, PermissionDeni
 ISSUER = "lingqu"
 AUDIENCE = "lingqu"
 ADMIN = "admin"
+CLIENT_NAME = "[A-Za-z0-9][A-Za-z0-9._@-]{0,63}"
 # Models that a key is for, if not for all that its client may call: names in which '*' may stand for any
 # text, with spaces between them.
 MODELS_CLAIM = "models"

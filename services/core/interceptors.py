@@ -32,11 +32,14 @@ UNTRACED = ("/grpc.reflection.", "/grpc.health.")
 FREQUENT = ("/envoy.service.ratelimit.", "/lingqu.gateway.v1.LimiterService/")
 
 
-def server_stack(tracer: trace.Tracer, max_in_flight: int) -> list[grpc.aio.ServerInterceptor]:
-    """All layers, outermost first."""
+def server_stack(
+    tracer: trace.Tracer, max_in_flight: int, *further: Layer
+) -> list[grpc.aio.ServerInterceptor]:
+    """All layers, outermost first; `further` are those of one service."""
     return [
         Tracing(tracer),  # sees the final status
         StatusMapper(),  # below here, raise domain errors
+        *further,
         InFlightLimit(max_in_flight),
     ]
 
@@ -49,6 +52,10 @@ class Layer(grpc.aio.ServerInterceptor):
 
     @abstractmethod
     def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]: ...
+
+    def handled(self, method: str, request: Any, context: Context) -> AbstractAsyncContextManager[None]:
+        """For layers that look at the request, or the iterator of them, as well."""
+        return self.around(method, context)
 
     async def intercept_service(
         self,
@@ -63,11 +70,11 @@ class Layer(grpc.aio.ServerInterceptor):
         inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
         async def unary(request: Any, context: Context) -> Any:
-            async with self.around(method, context):
+            async with self.handled(method, request, context):
                 return await inner(_decoded(decode, request), context)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self.around(method, context), AsyncExitStack() as stack:
+            async with self.handled(method, request, context), AsyncExitStack() as stack:
                 responses = inner(_decoded(decode, request), context)
                 await stack.enter_async_context(aclosing(responses))
                 async for response in responses:

@@ -78,6 +78,8 @@ class Settings(BaseSettings):
     grace_s: float = 5.0
     """How long running calls may go on after a stop was asked for."""
     max_in_flight: int = 4096
+    audit_log: Path | None = None
+    """File for lines about administrative acts (audit.py); unset: none are written."""
 
 
 S = TypeVar("S", bound=Settings)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,18 +17,23 @@ from tritonclient.grpc import service_pb2 as _oip  # noqa: F401 - reflection sho
 
 from lingqu.gateway.v1.gateway_pb2_grpc import add_GatewayServiceServicer_to_server
 from services.core.access import Record, access, watched_access
+from services.core.audit import audited
+from services.core.backoff import Backoff
 from services.core.discovery import Model, Registry, Replica, Watched
-from services.core.files import write_secret, write_whole
+from services.core.errors import LingquError
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Addresses, Origins, Settings
 from services.core.tasks import background
 from services.core.telemetry import tracing
+from services.gateway.accounts import Accounts
 from services.gateway.ads import Ads, Snapshots
 from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
+from services.gateway.issuers import Issuers
 from services.gateway.keys import KeyRing
 from services.gateway.limits.app import GlobalLimits
 from services.gateway.listener import Entry, Limiting
+from services.gateway.providers import ProvidersFile
 from services.gateway.service import Gateway
 from services.gateway.snapshot import snapshot
 from services.gateway.view import View, view
@@ -36,6 +41,7 @@ from services.gateway.view import View, view
 GATEWAY_SERVICE = "lingqu.gateway.v1.GatewayService"
 # Changes that come together make one snapshot.
 DEBOUNCE_S = 0.01
+RECORD_LOOK_S, RECORD_MOST_S = 1.0, 30.0
 
 
 class GatewaySettings(Settings):
@@ -60,6 +66,8 @@ class GatewaySettings(Settings):
     """How long it waits for that."""
     limits_lease_s: int = Field(default=3, ge=2, le=60)
     """How long after a control plane was lost others keep its part of the global limits closed."""
+    issuers: ProvidersFile = ()
+    """File with other issuers whose keys are taken (providers.py)."""
     dev_key: Path | None = None
     """If set, an admin key is written there at start, valid for 30 days."""
 
@@ -67,9 +75,19 @@ class GatewaySettings(Settings):
 class ControlPlane:
     """Turns every change of the registry into a snapshot."""
 
-    def __init__(self, entry: Entry, registry: Registry, limiter: str, lease_s: int) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        registry: Registry,
+        issuers: Issuers,
+        changed: asyncio.Event,
+        *,
+        limiter: str,
+        lease_s: int,
+    ) -> None:
         self._entry = entry
-        self._changed = asyncio.Event()
+        self._issuers = issuers
+        self._changed = changed
         self._replicas: Watched[Replica] = registry.watched_replicas("inference", self._changed)
         self._models: Watched[Model] = registry.watched_models(self._changed)
         self._access: Watched[Record] = watched_access(registry, self._changed)
@@ -98,10 +116,12 @@ class ControlPlane:
             self.limits.follow(who)
             limiters = self.limits.addresses
             now = view(self._replicas.items.values(), self._models.items.values(), who, limiters=limiters)
-            made = snapshot(now, self._entry)
+            entry = replace(self._entry, jwks=self._issuers.jwks, issuers=self._issuers.others)
+            made = snapshot(now, entry)
             if self.snapshots.current is None or made.version != self.snapshots.current.version:
                 await self.snapshots.publish(made)
             self._view = now
+            self._issuers.access = who
             await self._changed.wait()
             await asyncio.sleep(DEBOUNCE_S)
 
@@ -110,36 +130,60 @@ class ControlPlane:
 async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(tracing("lingqu-gateway-control", cfg.otlp_endpoint))
-        keys = KeyRing.at(cfg.signing_key)
-        jwks = cfg.jwks or cfg.signing_key.with_name("jwks.json")
-        write_whole(jwks, json.dumps(keys.jwks()).encode())
-        if cfg.dev_key is not None:
-            write_secret(cfg.dev_key, keys.mint("dev", admin=True).key.encode())
+        changed = asyncio.Event()
         registry = Registry(cfg.registry)
         stack.push_async_callback(registry.close)
+        issuers = Issuers(
+            KeyRing.at(cfg.signing_key),
+            cfg.jwks or cfg.signing_key.with_name("jwks.json"),
+            cfg.dev_key,
+            cfg.issuers,
+            changed=changed.set,
+        )
         entry = Entry(
             listen=cfg.public_listen,
             control=cfg.gateway_address or cfg.gateway_listen,
-            jwks=keys.jwks(),
+            jwks=issuers.jwks,
             traces=cfg.otlp_endpoint,
             known_clients_only=cfg.known_clients_only,
             limits=Limiting(cfg.limits_timeout_s, cfg.limits_fail == "closed"),
             cors_origins=cfg.cors_origins,
         )
         address = cfg.limiter_address or entry.control
-        control = ControlPlane(entry, registry, address, cfg.limits_lease_s)
+        control = ControlPlane(entry, registry, issuers, changed, limiter=address, lease_s=cfg.limits_lease_s)
+        accounts = Accounts(registry)
         ads = Ads(control.snapshots)
-        server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
+        layers = server_stack(tracer, cfg.max_in_flight, *audited(cfg.audit_log, issuers.of))
+        server = grpc.aio.server(interceptors=layers, options=SERVER_OPTIONS)
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(ads, server)
-        add_GatewayServiceServicer_to_server(Gateway(keys, control.state, ads.planes.values), server)
+        gateway = Gateway(issuers, accounts, control.state, ads.planes.values)
+        add_GatewayServiceServicer_to_server(gateway, server)
+        await stack.enter_async_context(issuers.watching())
         await stack.enter_async_context(control.watches())
         control.limits.add_to(server)
         # Health and reflection of the public port are answered here, for the services behind it.
         public = [TEXT_SERVICE, TENSOR_SERVICE, GATEWAY_SERVICE]
         checks = await stack.enter_async_context(serving(server, cfg.gateway_listen, public, cfg.grace_s))
         await stack.enter_async_context(control.limits.running())
-        await stack.enter_async_context(background(_report_health(control, checks)))
+        await stack.enter_async_context(
+            background(_report_health(control, checks), _record(issuers, accounts))
+        )
         yield
+
+
+async def _record(issuers: Issuers, accounts: Accounts) -> None:
+    """Have the admin key on record that this process makes by itself, as soon as the registry is there."""
+    backoff, recorded = Backoff(most_s=RECORD_MOST_S), None
+    while True:
+        try:
+            if issuers.dev is not None and issuers.dev is not recorded:
+                own, made = issuers.ring.mint("gateway", 60, admin=True).key, issuers.dev
+                await accounts.record(made, "", f"Bearer {own}")
+                recorded = made
+            backoff.reset()
+            await asyncio.sleep(RECORD_LOOK_S)
+        except LingquError:
+            await asyncio.sleep(backoff.delay())
 
 
 async def _report_health(control: ControlPlane, checks: object) -> None:

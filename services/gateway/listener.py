@@ -20,6 +20,7 @@ from services.core.errors import (
 from services.core.rest import MAX_BODY_BYTES
 from services.gateway import edge, filters, replies
 from services.gateway.clusters import ADS, TRACES, socket_address
+from services.gateway.filters.authentication import Issuer
 from services.gateway.filters.global_limits import UNREACHABLE
 from services.gateway.filters.local_limits import LIMIT_HEADER, concurrency_refusals
 from services.gateway.headers import OWN_HEADERS
@@ -46,6 +47,7 @@ class Entry:
     traces: str = ""
     cors_origins: tuple[str, ...] = ()
     times: edge.Times = field(default_factory=edge.Times)
+    issuers: tuple[Issuer, ...] = ()
     known_clients_only: bool = False
     limits: Limiting = field(default_factory=Limiting)
 

@@ -8,11 +8,18 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lingqu.gateway.v1 import gateway_pb2 as pb
 from lingqu.gateway.v1.gateway_pb2_grpc import GatewayServiceServicer
+from lingqu.registry.v1 import access_pb2
+from services.core.audit import note
 from services.core.errors import PermissionDenied
+from services.core.identity import Caller
 from services.core.interceptors import Context
+from services.gateway.accounts import Accounts
 from services.gateway.ads import DataPlane
-from services.gateway.keys import TTL_DEFAULT_S, KeyRing
+from services.gateway.issuers import Issuers
+from services.gateway.keys import TTL_DEFAULT_S, PublicKey
 from services.gateway.view import View
+
+AFTER_RETIRING_S = 3_600
 
 
 class Gateway(GatewayServiceServicer):
@@ -20,26 +27,75 @@ class Gateway(GatewayServiceServicer):
 
     def __init__(
         self,
-        keys: KeyRing,
+        issuers: Issuers,
+        accounts: Accounts,
         state: Callable[[], tuple[str, View, bool]],
         planes: Callable[[], Iterable[DataPlane]],
     ) -> None:
-        self._keys = keys
+        self._issuers = issuers
+        self._keys = issuers.ring
+        self._accounts = accounts
         self._state = state
         self._planes = planes
 
     async def CreateKey(self, request: pb.CreateKeyRequest, context: Context) -> pb.CreateKeyResponse:
-        self._require_admin(context)
+        caller, authorization = self._admin(context)
         ttl = request.ttl.seconds if request.HasField("ttl") else TTL_DEFAULT_S
-        minted = self._keys.mint(request.client, ttl, admin=request.admin)
+        minted = self._keys.mint(request.client, ttl, admin=request.admin, models=request.models)
+        note(key_id=minted.key_id)
+        await self._accounts.record(minted, caller.client, authorization)
         return pb.CreateKeyResponse(
             key=minted.key, key_id=minted.key_id, expire_time=Timestamp(seconds=minted.expires)
         )
 
+    async def ListKeys(self, request: pb.ListKeysRequest, context: Context) -> pb.ListKeysResponse:
+        _, authorization = self._admin(context)
+        issued, stale = await self._accounts.issued(request.client, authorization)
+        revoked = await self._accounts.revoked(authorization)
+        keys = [_key(key, revoked.get(key.key_id)) for key in issued]
+        keys.sort(key=lambda key: (key.client, key.create_time.seconds, key.key_id))
+        return pb.ListKeysResponse(keys=keys, stale=stale)
+
+    async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Context) -> pb.RevokeKeyResponse:
+        _, authorization = self._admin(context)
+        issued, _ = await self._accounts.issued("", authorization)
+        unknown = access_pb2.IssuedKey(key_id=request.key_id, client=request.client)
+        key = next((key for key in issued if key.key_id == request.key_id), unknown)
+        revoked = await self._accounts.revoke(key, request.reason, authorization)
+        return pb.RevokeKeyResponse(key=_key(key, revoked))
+
+    async def RotateSigningKey(
+        self, request: pb.RotateSigningKeyRequest, context: Context
+    ) -> pb.RotateSigningKeyResponse:
+        caller, _ = self._admin(context)
+        self._issuers.rotate(retire=request.retire_all)
+        key = ""
+        if request.retire_all:  # who has asked must not be locked out
+            minted = self._keys.mint(caller.client, AFTER_RETIRING_S, admin=True)
+            note(key_id=minted.key_id)
+            key = minted.key
+        return pb.RotateSigningKeyResponse(signing_keys=self._signing_keys(), key=key)
+
+    async def RetireSigningKey(
+        self, request: pb.RetireSigningKeyRequest, context: Context
+    ) -> pb.RetireSigningKeyResponse:
+        self._admin(context)
+        self._issuers.retire(request.key_id)
+        return pb.RetireSigningKeyResponse(signing_keys=self._signing_keys())
+
+    async def ListSigningKeys(
+        self, request: pb.ListSigningKeysRequest, context: Context
+    ) -> pb.ListSigningKeysResponse:
+        self._admin(context)
+        return pb.ListSigningKeysResponse(signing_keys=self._signing_keys())
+
+    def _signing_keys(self) -> list[pb.SigningKey]:
+        return [_signing_key(key) for key in self._keys.published]
+
     async def DescribeRoutes(
         self, request: pb.DescribeRoutesRequest, context: Context
     ) -> pb.DescribeRoutesResponse:
-        self._require_admin(context)
+        self._admin(context)
         version, view, connected = self._state()
         return pb.DescribeRoutesResponse(
             version=version,
@@ -65,8 +121,39 @@ class Gateway(GatewayServiceServicer):
             ],
         )
 
-    def _require_admin(self, context: Context) -> None:
+    def _admin(self, context: Context) -> tuple[Caller, str]:
+        """Who calls, and the `authorization` it called with. Raises Unauthenticated, PermissionDenied."""
         metadata = dict(context.invocation_metadata() or ())
-        caller = self._keys.caller(str(metadata.get("authorization", "")))
+        authorization = str(metadata.get("authorization", ""))
+        caller = self._issuers.caller(authorization)
         if not caller.admin:
             raise PermissionDenied(f'the key of "{caller.client}" has no admin scope')
+        return caller, authorization
+
+
+def _key(key: access_pb2.IssuedKey, revoked: access_pb2.RevokedKey | None) -> pb.Key:
+    made = pb.Key(
+        key_id=key.key_id,
+        client=key.client or (revoked.client if revoked else ""),
+        models=key.models,
+        admin=key.admin,
+        created_by=key.created_by,
+        create_time=key.create_time if key.HasField("create_time") else None,
+        expire_time=key.expire_time if key.HasField("expire_time") else None,
+        signing_key_id=key.signing_key_id,
+    )
+    if revoked is not None:
+        made.revoke_time.CopyFrom(revoked.revoke_time)
+        made.revoke_reason = revoked.reason
+    return made
+
+
+def _signing_key(key: PublicKey) -> pb.SigningKey:
+    state = pb.SigningKey.STATE_NEXT
+    if key.signs:
+        state = pb.SigningKey.STATE_SIGNING
+    elif key.until:
+        state = pb.SigningKey.STATE_FORMER
+    return pb.SigningKey(
+        key_id=key.kid, state=state, expire_time=Timestamp(seconds=key.until) if key.until else None
+    )

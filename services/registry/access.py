@@ -1,19 +1,20 @@
-"""`AccessService`: clients, limits of models and revoked keys."""
+"""`AccessService`: clients, limits of models, revoked keys and an account of signed ones."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 from lingqu.registry.v1 import access_pb2 as pb
 from lingqu.registry.v1.access_pb2_grpc import AccessServiceServicer
-from services.core.errors import Conflict, InvalidInput, NotFound
+from services.core.errors import Conflict, InvalidInput, NotFound, TooManyKeys
 from services.core.interceptors import Context
 from services.registry import validation
 from services.registry.callers import AdmittedCallers
 from services.registry.commits import Commits
 from services.registry.etcd import Put, Unchanged
-from services.registry.keyspace import ACCESS, CLIENTS, REVOKED, SHARED_LIMITS
+from services.registry.keyspace import ACCESS, CLIENTS, KEYS, REVOKED, SHARED_LIMITS
 from services.registry.mirror import Mirror, Update
 from services.registry.watching import Feed
 
@@ -22,11 +23,12 @@ KEY_TTL_MAX_S = 366 * 86_400
 # A revocation is kept as long as any key can live, by etcd's count of time alone: what a registry's clock
 # says about expire_time must not bring a key back. The margin is for a signer whose clock was ahead.
 REVOKED_FOR_S = KEY_TTL_MAX_S + 7 * 86_400
+MAX_KEYS = 50_000
 
 
 class Access(AccessServiceServicer):
     """Records: CLIENTS + name, a Client; SHARED_LIMITS + model, a SharedLimits; REVOKED + key id, a
-    RevokedKey by a lease of REVOKED_FOR_S."""
+    RevokedKey by a lease of REVOKED_FOR_S; KEYS + key id, an IssuedKey by a lease as long as its life."""
 
     def __init__(self, mirror: Mirror, commits: Commits, callers: AdmittedCallers) -> None:
         self._mirror = mirror
@@ -126,6 +128,24 @@ class Access(AccessServiceServicer):
     ) -> pb.ListRevokedKeysResponse:
         keys = [pb.RevokedKey.FromString(record.value) for record in self._mirror.under(REVOKED)]
         return pb.ListRevokedKeysResponse(keys=keys, stale=self._mirror.stale)
+
+    async def RecordKey(self, request: pb.RecordKeyRequest, context: Context) -> pb.RecordKeyResponse:
+        self._callers.check_admin(context.invocation_metadata(), "record keys")
+        key = validation.issued_key(request.key)
+        left = key.expire_time.seconds - int(time.time())
+        if not 0 < left <= REVOKED_FOR_S:
+            raise InvalidInput("key.expire_time", "a time to come, within 366 days, is needed")
+        if len(self._mirror.under(KEYS)) >= MAX_KEYS:
+            raise TooManyKeys(f"{MAX_KEYS} keys are alive; make fewer, or shorter ones")
+        lease = await self._commits.lease(left)
+        await self._replace(KEYS + key.key_id, [Put(KEYS + key.key_id, key.SerializeToString(), lease)])
+        return pb.RecordKeyResponse()
+
+    async def ListKeys(self, request: pb.ListKeysRequest, context: Context) -> pb.ListKeysResponse:
+        self._callers.check_admin(context.invocation_metadata(), "list keys")
+        keys = (pb.IssuedKey.FromString(record.value) for record in self._mirror.under(KEYS))
+        wanted = [key for key in keys if request.client in ("", key.client)]
+        return pb.ListKeysResponse(keys=wanted, stale=self._mirror.stale)
 
     async def _set(self, put: Put, expected: int) -> int:
         """The revision. Raises Conflict if `expected` is not 0 and another by now."""

@@ -18,6 +18,7 @@ from lingqu.registry.v1 import (
     models_pb2_grpc,
     rollouts_pb2_grpc,
 )
+from services.core.audit import audited
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Addresses, Settings, Trusted
@@ -75,7 +76,8 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         models = Models(mirror, catalog, commits, releases, conductor, callers, cfg.trusted_keys)
 
         server = grpc.aio.server(
-            interceptors=server_stack(tracer, cfg.max_in_flight), options=list(OPTIONS.items())
+            interceptors=server_stack(tracer, cfg.max_in_flight, *audited(cfg.audit_log, callers.of)),
+            options=list(OPTIONS.items()),
         )
         instances_pb2_grpc.add_RegistryServiceServicer_to_server(
             Instances(etcd, mirror, leases, renewals), server

@@ -18,6 +18,8 @@ CLIENTS = f"{PREFIX}access/clients/"
 REVOKED = f"{PREFIX}access/revoked/"
 SHARED_LIMITS = f"{PREFIX}access/limits/"
 ACCESS = f"{PREFIX}access/"
+# Keys that were signed, by leases as long as their lives. No part of backups: they say nothing about who may.
+KEYS = f"{PREFIX}keys/"
 LIMITERS = f"{PREFIX}limiters/"
 SESSIONS = f"{LIMITERS}sessions/"
 SHARDS = f"{LIMITERS}shards/"

@@ -270,6 +270,18 @@ def key_id(value: str) -> str:
     return value
 
 
+def issued_key(value: access_pb2.IssuedKey) -> access_pb2.IssuedKey:
+    key_id(value.key_id)
+    client_name("key.client", value.client)
+    if value.created_by:
+        client_name("key.created_by", value.created_by)
+    patterns("key.models", value.models)
+    _text("key.signing_key_id", value.signing_key_id, 64)
+    for field in ("create_time", "expire_time"):
+        timestamp(f"key.{field}", getattr(value, field))
+    return value
+
+
 def alias(value: str) -> str:
     if not _ALIAS.fullmatch(value):
         raise InvalidInput(

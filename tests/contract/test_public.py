@@ -84,6 +84,7 @@ def test_the_ports_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> No
     [
         "up", "status", "generate", "chat", "embed", "classify", "answer", "tokenize", "instances",
         "models list", "models show", "models publish", "keys create", "keys revoke", "keys revoked",
+        "keys list", "keys rotate", "keys signing",
         "clients list", "clients show", "clients set", "clients delete",
         "registry backup", "registry restore",
     ],

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from deploy.local import layout as at
+from lingqu.cli.main import app
 from lingqu.registry.v1 import access_pb2
+from services.gateway.app import GatewaySettings, running
 from services.gateway.keys import KeyRing
 from tests.conftest import EtcdServer, free_offset
 from tests.registries import RegistryProcess
@@ -42,6 +45,17 @@ class Cli:
         said, _ = await asyncio.wait_for(process.communicate(), 60)
         return process.returncode or 0, said.decode()
 
+    async def here(self, *args: str, key: str = "") -> tuple[int, str]:
+        """The same in this process, which takes less time."""
+        given = ["--state", str(self.state), "--key", key or self.root.key, *args]
+        done = await asyncio.to_thread(CliRunner().invoke, app, given)
+        return done.exit_code, done.output
+
+    def renew(self) -> None:
+        """An admin key by the signing key of now."""
+        self.ring.reload()
+        self.root = self.ring.mint("root", 600, admin=True)
+
     async def json(self, *args: str) -> Any:
         code, said = await self(*args, "-o", "json")
         assert code == 0, said
@@ -63,7 +77,15 @@ async def cli(etcd_server: EtcdServer, tmp_path: Path) -> AsyncIterator[Cli]:
         address=f"{at.HOST}:{at.REGISTRY + offset}",
         env={"LINGQU_JWKS": str(jwks)},
     )
-    yield Cli(state, ring, registry)
+    cfg = GatewaySettings(
+        gateway_listen=f"{at.HOST}:{at.GATEWAY + offset}",
+        registry=registry.address,
+        signing_key=tmp_path / "signing.pem",
+        jwks=jwks,
+        grace_s=0.1,
+    )
+    async with running(cfg):
+        yield Cli(state, ring, registry)
     await registry.stop()
 
 
@@ -125,6 +147,44 @@ async def test_a_key_is_taken_back(cli: Cli) -> None:
     assert (code, "is revoked" in said) == (1, True), said
     code, said = await cli("clients", "set", "eve", key=cli.ring.mint("eve", 600).key)
     assert (code, "an admin key is needed" in said) == (1, True), said
+
+
+async def test_keys_are_made_listed_and_rotated(cli: Cli) -> None:
+    code, said = await cli.here("keys", "create", "alice", "--for", "2h", "--model", "m*", "--model", "x")
+    assert code == 0, said
+    assert "of alice for m*, x" in said
+    made = await _json(cli, "keys", "create", "bob", "--admin", "--for", "90s")
+    listed = await _json(cli, "keys", "list")
+    assert [(key["client"], key["admin"], key["models"]) for key in listed] == [
+        ("alice", False, ["m*", "x"]),
+        ("bob", True, []),
+    ]
+    assert (await _json(cli, "keys", "list", "--client", "bob"))[0]["key_id"] == made["key_id"]
+    code, said = await cli.here("keys", "list")
+    for text in ("alice", "m*, x", "all it may", "admin", "root"):
+        assert text in said
+    before = await _json(cli, "keys", "signing")
+    assert [key["state"] for key in before] == ["STATE_SIGNING", "STATE_NEXT"]
+    code, said = await cli.here("keys", "rotate")
+    assert (code, said.count("signs"), said.count("former")) == (0, 1, 1), said
+    assert (await _json(cli, "keys", "signing"))[0]["key_id"] == before[1]["key_id"]
+    assert (await _json(cli, "keys", "rotate", "--retire", before[0]["key_id"]))["signing_keys"]
+    code, said = await cli.here("keys", "list", key=made["key"])
+    assert (code, "not valid" in said) == (1, True), said
+    cli.renew()
+    code, said = await cli.here("keys", "rotate", "--leaked")
+    assert (code, "yours for an hour" in said) == (0, True), said
+    assert (await cli.here("keys", "list", key=said.split()[-1]))[0] == 0
+    cli.renew()
+    for args in (("create", "a b"), ("create", "a", "--for", "soon"), ("create", "a", "--model", "m/")):
+        code, said = await cli.here("keys", *args)
+        assert (code, "error:" in said) == (1, True), said
+
+
+async def _json(cli: Cli, *args: str) -> Any:
+    code, said = await cli.here(*args, "-o", "json")
+    assert code == 0, said
+    return json.loads(said)
 
 
 async def test_a_backup_and_a_restore_answer_programs_too(cli: Cli, tmp_path: Path) -> None:

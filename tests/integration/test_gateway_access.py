@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from services.core.access import Access, Client, RevokedKey
-from tests.gates import DESCRIBE, GENERATE, INFER, STREAM, Calls, Gate, field, gate, signed
+from tests.gates import DESCRIBE, GENERATE, INFER, STREAM, Calls, Gate, field_of, gate, signed
 
 MODELS = ("alone", "team-a.one", "team-b.one", "secret")
 
@@ -39,12 +39,12 @@ async def entry(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gate]
 async def test_a_client_calls_its_models_and_no_others(
     entry: Gate, client: str, models: tuple[str, ...]
 ) -> None:
-    calls = Calls(entry, signed(entry.keys, client))
+    calls = Calls(entry.address, signed(entry.keys, client))
     for model in MODELS:
         name = model.encode()
         wanted = ("OK", "") if model in models else ("PERMISSION_DENIED", "MODEL_NOT_ALLOWED")
         for path in (GENERATE, INFER, DESCRIBE):
-            assert await calls.grpc(path, field(1, name)) == wanted, (path, model)
+            assert await calls.grpc(path, field_of(1, name)) == wanted, (path, model)
         rest = (200, "") if model in models else (403, "model_not_allowed")
         assert await calls.rest(b'{"model": "%s"}' % name) == rest
     assert await calls.get("/v1/models") == 200
@@ -58,17 +58,19 @@ async def test_a_name_that_cannot_be_reaches_nobody(entry: Gate) -> None:
         ("nothing", ("PERMISSION_DENIED", "MODEL_NOT_ALLOWED")),
         ("everything", ("INVALID_ARGUMENT", "INVALID_ARGUMENT")),
     ):
-        calls = Calls(entry, signed(entry.keys, client))
+        calls = Calls(entry.address, signed(entry.keys, client))
         for path in (GENERATE, INFER, STREAM):
-            for message in (*(field(1, name) for name in poisoned), huge):
+            for message in (*(field_of(1, name) for name in poisoned), huge):
                 found = await calls.grpc(path, message)
-                assert found == answer or (message == field(1, b"<none>") and found[0] == "INVALID_ARGUMENT")
+                assert found == answer or (
+                    message == field_of(1, b"<none>") and found[0] == "INVALID_ARGUMENT"
+                )
 
 
 async def test_a_body_without_a_model_is_left_to_inference(entry: Gate) -> None:
     for calls in (
-        Calls(entry, signed(entry.keys, "nothing")),
-        Calls(entry, signed(entry.keys, "everything", models="x")),
+        Calls(entry.address, signed(entry.keys, "nothing")),
+        Calls(entry.address, signed(entry.keys, "everything", models="x")),
     ):
         for body in (b"{", b"[]", b'{"model": ""}', b'{"x": 1}'):
             assert await calls.rest(body) == (200, "")
@@ -86,9 +88,9 @@ async def test_a_body_without_a_model_is_left_to_inference(entry: Gate) -> None:
 async def test_revoked_keys_and_disabled_clients_are_nobodies(
     entry: Gate, client: str, key_id: str, reason: str, code: str
 ) -> None:
-    calls = Calls(entry, signed(entry.keys, client, jti=key_id))
+    calls = Calls(entry.address, signed(entry.keys, client, jti=key_id))
     for path in (GENERATE, INFER, STREAM, "/lingqu.gateway.v1.GatewayService/DescribeRoutes"):
-        assert await calls.grpc(path, field(1, b"alone")) == ("UNAUTHENTICATED", reason)
+        assert await calls.grpc(path, field_of(1, b"alone")) == ("UNAUTHENTICATED", reason)
     assert await calls.rest(b'{"model": "alone"}') == (401, code)
     assert await calls.get("/v1/models") == 401
 
@@ -110,34 +112,34 @@ async def test_revoked_keys_and_disabled_clients_are_nobodies(
     ],
 )
 async def test_a_key_may_be_for_some_models_only(entry: Gate, models: str, able: tuple[str, ...]) -> None:
-    calls = Calls(entry, signed(entry.keys, models=models))
+    calls = Calls(entry.address, signed(entry.keys, models=models))
     for model in MODELS:
         name = model.encode()
         for path in (GENERATE, INFER):
             wanted = ("OK", "") if model in able else ("PERMISSION_DENIED", "MODEL_NOT_ALLOWED")
-            assert await calls.grpc(path, field(1, name)) == wanted, model
+            assert await calls.grpc(path, field_of(1, name)) == wanted, model
         rest = (200, "") if model in able else (403, "model_not_allowed")
         assert await calls.rest(b'{"model": "%s"}' % name) == rest
     assert await calls.get("/v1/models") == 200
 
 
 async def test_a_key_adds_nothing_to_what_its_client_may_call(entry: Gate) -> None:
-    calls = Calls(entry, signed(entry.keys, "exact", models="secret alone"))
-    assert await calls.grpc(INFER, field(1, b"alone")) == ("OK", "")
-    assert await calls.grpc(INFER, field(1, b"secret")) == ("PERMISSION_DENIED", "MODEL_NOT_ALLOWED")
+    calls = Calls(entry.address, signed(entry.keys, "exact", models="secret alone"))
+    assert await calls.grpc(INFER, field_of(1, b"alone")) == ("OK", "")
+    assert await calls.grpc(INFER, field_of(1, b"secret")) == ("PERMISSION_DENIED", "MODEL_NOT_ALLOWED")
 
 
 async def test_a_closed_suite_serves_only_those_it_knows(tmp_path_factory: pytest.TempPathFactory) -> None:
     access = Access((Client("known", ("alone",)),))
     folder = tmp_path_factory.mktemp("closed")
     async with gate(folder, MODELS, access, known_clients_only=True) as closed:
-        stranger = Calls(closed, signed(closed.keys, "stranger"))
-        assert await stranger.grpc(INFER, field(1, b"alone")) == ("PERMISSION_DENIED", "UNKNOWN_CLIENT")
+        stranger = Calls(closed.address, signed(closed.keys, "stranger"))
+        assert await stranger.grpc(INFER, field_of(1, b"alone")) == ("PERMISSION_DENIED", "UNKNOWN_CLIENT")
         assert await stranger.rest(b'{"model": "alone"}') == (403, "unknown_client")
         assert await stranger.get("/v1/models") == 403
-        known = Calls(closed, signed(closed.keys, "known"))
-        assert await known.grpc(INFER, field(1, b"alone")) == ("OK", "")
-        assert await known.grpc(INFER, field(1, b"secret")) == ("PERMISSION_DENIED", "MODEL_NOT_ALLOWED")
+        known = Calls(closed.address, signed(closed.keys, "known"))
+        assert await known.grpc(INFER, field_of(1, b"alone")) == ("OK", "")
+        assert await known.grpc(INFER, field_of(1, b"secret")) == ("PERMISSION_DENIED", "MODEL_NOT_ALLOWED")
         # Health is open to everybody; nobody answers it here.
-        nobody = Calls(closed, "")
+        nobody = Calls(closed.address, "")
         assert (await nobody.grpc("/grpc.health.v1.Health/Check", b""))[0] == "UNAVAILABLE"

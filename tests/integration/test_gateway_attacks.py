@@ -28,7 +28,7 @@ from services.core.access import Access, Client
 from services.core.errors import InvalidInput, ModelNotFound
 from services.core.identity import AUDIENCE, ISSUER
 from services.inference.callers import routed_version
-from tests.gates import CHAT, GENERATE, INFER, STREAM, Calls, Gate, field, gate, signed
+from tests.gates import CHAT, GENERATE, INFER, STREAM, Calls, Gate, field_of, gate, signed
 from tests.waiting import until
 
 ALLOWED, SECRET = "alone", "secret"
@@ -124,14 +124,14 @@ def forged(entry: Gate) -> dict[str, str]:
 
 async def test_no_forged_key_works(entry: Gate) -> None:
     for what, key in forged(entry).items():
-        calls = Calls(entry, key)
+        calls = Calls(entry.address, key)
         denied = what in ("other audience", "no audience")
-        code, reason = await calls.grpc(INFER, field(1, ALLOWED.encode()))
+        code, reason = await calls.grpc(INFER, field_of(1, ALLOWED.encode()))
         wanted = ("PERMISSION_DENIED",) * 2 if denied else ("UNAUTHENTICATED",) * 2
         assert (code, reason) == wanted, what
         status = await answered(entry, f"POST {CHAT}", f"authorization: Bearer {key}")
         assert status == (403 if denied else 401), what
-    assert await Calls(entry, signed(entry.keys)).grpc(INFER, field(1, b"alone")) == ("OK", "")
+    assert await Calls(entry.address, signed(entry.keys)).grpc(INFER, field_of(1, b"alone")) == ("OK", "")
 
 
 async def test_a_key_in_a_url_or_elsewhere_is_no_key(entry: Gate) -> None:
@@ -145,10 +145,10 @@ async def test_a_key_in_a_url_or_elsewhere_is_no_key(entry: Gate) -> None:
 
 async def test_clocks_may_differ_by_a_second_and_no_more(entry: Gate) -> None:
     now = time.time()
-    ahead = Calls(entry, signed(entry.keys, nbf=now + 600))
-    assert (await ahead.grpc(INFER, field(1, b"alone")))[0] == "UNAUTHENTICATED"
-    barely = Calls(entry, signed(entry.keys, nbf=int(now) + 1))
-    assert (await barely.grpc(INFER, field(1, b"alone")))[0] == "OK"
+    ahead = Calls(entry.address, signed(entry.keys, nbf=now + 600))
+    assert (await ahead.grpc(INFER, field_of(1, b"alone")))[0] == "UNAUTHENTICATED"
+    barely = Calls(entry.address, signed(entry.keys, nbf=int(now) + 1))
+    assert (await barely.grpc(INFER, field_of(1, b"alone")))[0] == "OK"
 
 
 # --- Paths --------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ async def test_no_spelling_of_a_path_gets_past_the_key_or_the_list(entry: Gate, 
 )
 async def test_no_spelling_of_a_method_reaches_a_model(entry: Gate, path: str) -> None:
     entry.tensor.calls.clear()
-    await Calls(entry, signed(entry.keys)).grpc(path, field(1, SECRET.encode()))
+    await Calls(entry.address, signed(entry.keys)).grpc(path, field_of(1, SECRET.encode()))
     for call in entry.tensor.calls:
         assert call.path not in (INFER, STREAM), (
             "Triton takes a method for what is in its path, to the letter"
@@ -230,20 +230,22 @@ async def test_no_spelling_of_a_method_reaches_a_model(entry: Gate, path: str) -
 
 # --- Names --------------------------------------------------------------------------------------------
 
-BOTH = field(1, ALLOWED.encode()) + field(1, SECRET.encode())
+BOTH = field_of(1, ALLOWED.encode()) + field_of(1, SECRET.encode())
 TWO_NAMES = {
     "twice": BOTH,
-    "thrice": field(1, ALLOWED.encode()) + BOTH,
-    "at the end": field(1, ALLOWED.encode()) + field(7, b"x" * 100) + field(1, SECRET.encode()),
-    "a longer tag": field(1, ALLOWED.encode()) + b"\x8a\x80\x00\x06secret",
-    "a tag beyond 32 bits": field(1, ALLOWED.encode())
+    "thrice": field_of(1, ALLOWED.encode()) + BOTH,
+    "at the end": field_of(1, ALLOWED.encode()) + field_of(7, b"x" * 100) + field_of(1, SECRET.encode()),
+    "a longer tag": field_of(1, ALLOWED.encode()) + b"\x8a\x80\x00\x06secret",
+    "a tag beyond 32 bits": field_of(1, ALLOWED.encode())
     + b"\x8a\x80\x80\x80\x10"
-    + field(1, SECRET.encode())[1:],
-    "a longer length": field(1, ALLOWED.encode()) + b"\x0a\x86\x80\x00" + SECRET.encode(),
-    "behind a group": field(1, ALLOWED.encode()) + b"\x4b\x4c" + field(1, SECRET.encode()),
-    "in a group": field(1, ALLOWED.encode()) + b"\x4b" + field(1, SECRET.encode()) + b"\x4c",
-    "in a group alone": b"\x4b" + field(1, ALLOWED.encode()) + b"\x4c" + field(1, SECRET.encode()),
-    "behind an unknown field": field(1, ALLOWED.encode()) + field(15, b"x") + field(1, SECRET.encode()),
+    + field_of(1, SECRET.encode())[1:],
+    "a longer length": field_of(1, ALLOWED.encode()) + b"\x0a\x86\x80\x00" + SECRET.encode(),
+    "behind a group": field_of(1, ALLOWED.encode()) + b"\x4b\x4c" + field_of(1, SECRET.encode()),
+    "in a group": field_of(1, ALLOWED.encode()) + b"\x4b" + field_of(1, SECRET.encode()) + b"\x4c",
+    "in a group alone": b"\x4b" + field_of(1, ALLOWED.encode()) + b"\x4c" + field_of(1, SECRET.encode()),
+    "behind an unknown field": field_of(1, ALLOWED.encode())
+    + field_of(15, b"x")
+    + field_of(1, SECRET.encode()),
 }
 
 
@@ -251,7 +253,7 @@ TWO_NAMES = {
 async def test_a_message_with_two_names_counts_as_the_one_that_its_reader_takes(
     entry: Gate, message: bytes
 ) -> None:
-    calls = Calls(entry, signed(entry.keys))
+    calls = Calls(entry.address, signed(entry.keys))
     for path, backend, name in (
         (INFER, entry.tensor, lambda raw: oip.ModelInferRequest.FromString(raw).model_name),
         (GENERATE, entry.text, lambda raw: oip.ModelInferRequest.FromString(raw).model_name),
@@ -281,7 +283,7 @@ async def test_a_message_with_two_names_counts_as_the_one_that_its_reader_takes(
 async def test_no_body_reaches_a_model_that_the_gateway_has_not_read(entry: Gate, body: bytes) -> None:
     """Where the gateway reads another name or none, inference refuses whatever it may read itself."""
     entry.rest.calls.clear()
-    await Calls(entry, signed(entry.keys)).rest(body)
+    await Calls(entry.address, signed(entry.keys)).rest(body)
     for call in entry.rest.calls:
         with pytest.raises((InvalidInput, ModelNotFound)):
             routed_version(SECRET, call.headers)
@@ -350,12 +352,12 @@ def name_of(message: bytes) -> str | None:
 
 
 fields = st.one_of(
-    st.just(field(1, ALLOWED.encode())),
-    st.just(field(1, SECRET.encode())),
+    st.just(field_of(1, ALLOWED.encode())),
+    st.just(field_of(1, SECRET.encode())),
     st.just(b"\x8a\x80\x80\x80\x10\x06secret"),
-    st.just(field(1, b"alonf")),
+    st.just(field_of(1, b"alonf")),
     st.just(b"\x4b\x4c"),
-    st.builds(field, st.integers(2, 15), st.binary(max_size=100)),
+    st.builds(field_of, st.integers(2, 15), st.binary(max_size=100)),
     st.builds(lambda n: b"\x40" + bytes([n | 128]) * 2 + b"\x01", st.integers(0, 127)),
     st.just(b"\x41" + b"\x0a\x06secre"),
     st.just(b"\x45" + b"\x0a\x06se"),
@@ -385,7 +387,7 @@ def split(data: bytes, cuts: Sequence[int]) -> list[bytes]:
 async def test_no_later_message_of_a_stream_reaches_another_model(
     entry: Gate, later: list[bytes], cuts: list[int], wait: bool
 ) -> None:
-    first = field(1, ALLOWED.encode())
+    first = field_of(1, ALLOWED.encode())
     reached = await streamed(entry, first, split(b"".join(map(framed, later)), cuts), wait=wait)
     if not wait and not reached:
         return  # all came together, and Envoy refused it
@@ -400,7 +402,7 @@ async def test_no_later_message_of_a_stream_reaches_another_model(
 
 
 async def test_a_compressed_message_of_a_stream_is_no_way_around(entry: Gate) -> None:
-    first, rest = field(1, ALLOWED.encode()), framed(field(1, SECRET.encode()), flags=1)
+    first, rest = field_of(1, ALLOWED.encode()), framed(field_of(1, SECRET.encode()), flags=1)
     for pieces in ([rest], [bytes([byte]) for byte in rest]):
         reached = await streamed(entry, first, pieces)
         assert [name_of(message) for message in reached] == [ALLOWED, "!!!!!!"]

@@ -39,7 +39,7 @@ def stack(entry: Entry) -> list[dict[str, Any]]:
 def extensions(view: View, entry: Entry) -> list[dict[str, Any]]:
     """The configurations that may change while the listener stays."""
     made = {
-        authentication.NAME: authentication.authentication(entry.jwks),
+        authentication.NAME: authentication.authentication(entry.jwks, entry.issuers),
         access.NAME: access.allowed(view.access, known_only=entry.known_clients_only),
     }
     found = [{"name": name, "typed_config": config} for name, config in made.items()]

@@ -11,7 +11,16 @@ import re
 from typing import Any
 
 from services.core.access import Access, Client
-from services.core.errors import ClientDisabled, KeyRevoked, LingquError, ModelNotAllowed, UnknownClient
+from services.core.errors import (
+    ClientDisabled,
+    KeyRevoked,
+    LingquError,
+    ModelNotAllowed,
+    Unauthenticated,
+    UnknownClient,
+)
+from services.core.identity import CLIENT_NAME
+from services.gateway.descriptors import OPEN_PREFIXES
 from services.gateway.filters import model
 from services.gateway.filters.chain import typed, when_present
 from services.gateway.headers import CLIENT_HEADER, KEY_HEADER, KEY_MODELS_HEADER
@@ -19,15 +28,12 @@ from services.gateway.headers import CLIENT_HEADER, KEY_HEADER, KEY_MODELS_HEADE
 NAME = "access"
 TYPE = "rbac.v3.RBAC"
 
-_REVOKED, _DISABLED, _MODEL, _UNKNOWN = (
-    "key-revoked",
-    "client-disabled",
-    "model-not-allowed",
-    "unknown-client",
-)
+_REVOKED, _DISABLED, _NOBODY = "key-revoked", "client-disabled", "no-client"
+_MODEL, _UNKNOWN = "model-not-allowed", "unknown-client"
 # By a part of Envoy's response code details, which name the policy that refused.
 DENIALS: dict[str, LingquError] = {
     f"[{_REVOKED}]": KeyRevoked("the key was revoked"),
+    f"[{_NOBODY}]": Unauthenticated("the key names no client that could be one: 1 to 64 of A-Za-z0-9._@-"),
     f"[{_DISABLED}]": ClientDisabled("the client of this key is disabled"),
     f"[{_MODEL}]": ModelNotAllowed("this client may not call this model; `lingqu clients show` tells which"),
     f"[{_UNKNOWN}]": UnknownClient("this suite serves only clients that it has a record of; this is none"),
@@ -38,13 +44,15 @@ OTHER_DENIAL = ModelNotAllowed("this key is for other models only")
 
 def allowed(access: Access, *, known_only: bool = False) -> dict[str, Any]:
     """The configuration of `rbac`. `known_only`: a client without a record may call nothing."""
-    # Without a key there is no client: what is open to everybody stays so.
-    others = _if(_header(CLIENT_HEADER), ".+", _deny(_UNKNOWN), _ALLOW) if known_only else _ALLOW
+    # A token of another issuer may name no client, or one that nobody could keep a record of.
+    nobody = _tree(_header(":path"), dict.fromkeys(OPEN_PREFIXES, _ALLOW), _deny(_NOBODY), "prefix_match_map")
+    unknown = _deny(_UNKNOWN) if known_only else _ALLOW
+    others = _if(_header(CLIENT_HEADER), CLIENT_NAME, unknown, nobody)
     clients = _tree(
         _header(CLIENT_HEADER), {client.name: _models(client) for client in access.clients}, others
     )
     keys = _tree(_header(KEY_HEADER), {key.key_id: _deny(_REVOKED) for key in access.revoked}, clients)
-    return typed(TYPE, {"matcher": keys["matcher"]} if "matcher" in keys else {})
+    return typed(TYPE, {"matcher": keys["matcher"]})
 
 
 def key_models() -> dict[str, Any]:
@@ -75,11 +83,16 @@ def _header(name: str) -> dict[str, Any]:
     return {"name": name, "typed_config": {"@type": kind, "header_name": name}}
 
 
-def _tree(value: dict[str, Any], branches: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
+def _tree(
+    value: dict[str, Any],
+    branches: dict[str, Any],
+    otherwise: dict[str, Any],
+    kind: str = "exact_match_map",
+) -> dict[str, Any]:
     """Empty maps are not allowed."""
     if not branches:
         return otherwise
-    tree = {"input": value, "exact_match_map": {"map": branches}}
+    tree = {"input": value, kind: {"map": branches}}
     return {"matcher": {"matcher_tree": tree, "on_no_match": otherwise}}
 
 
