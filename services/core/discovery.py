@@ -208,8 +208,8 @@ class Watched(Generic[V]):
         self._watch = watch
         self._convert = convert
         self._changed = changed
-        self._revision = 0
-        self._store_id = ""
+        self.revision = 0
+        self.store_id = ""
         self.items: dict[str, V] = {}
         self.synced = asyncio.Event()
         self.connected = False
@@ -221,7 +221,7 @@ class Watched(Generic[V]):
         while True:
             channel = self._registry.channel
             try:
-                async for update in self._watch(self._revision, self._store_id):
+                async for update in self._watch(self.revision, self.store_id):
                     backoff.reset()
                     self._apply(update)
             except grpc.aio.AioRpcError as err:
@@ -239,7 +239,7 @@ class Watched(Generic[V]):
         for name in update.removed:
             self.items.pop(name, None)
         self.items.update(self._convert(record) for record in update.upserted)
-        self._revision, self._store_id = update.revision, update.store_id
+        self.revision, self.store_id = update.revision, update.store_id
         self.connected = True
         self.stale = update.stale
         self.synced.set()

@@ -292,5 +292,5 @@ def to_rpc_status(error: LingquError) -> status_pb2.Status:
 
 def _pack(message: error_details_pb2.ErrorInfo) -> any_pb2.Any:
     packed = any_pb2.Any()
-    packed.Pack(message)
+    packed.Pack(message, deterministic=True)  # or an answer of Envoy's would differ between control planes
     return packed

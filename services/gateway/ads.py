@@ -2,25 +2,45 @@
 
 Incremental xDS (https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol): only what changed is
 sent. Additions go in the order of xds.ORDER; removals wait until all additions are accepted, so that no
-route ever points at a cluster that is gone. A refused resource is reported and not sent again until it has
-changed; Envoy goes on with the one it had.
+route ever points at a cluster that is gone. Of what is refused together, each half is tried again by itself,
+until it is known which resource it is: that one is reported and not sent again until it has changed, Envoy
+goes on with the one it had, and the others arrive.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 
+from services.core.errors import BackendUnavailable
 from services.core.interceptors import Context
 from services.gateway import xds
+from services.gateway.progress import NOTHING, label, parsed
 from services.gateway.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
+
+# How long an Envoy stays with a control plane that knows less than it does, or nothing: another may know.
+HOLD_S = 2.0
+_UNKNOWN = "?"  # the version of what was refused with others: Envoy may have it or not
+RECHECK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A resource that an Envoy has refused. `kind` is the message's name, `at` in seconds since 1970."""
+
+    kind: str
+    name: str
+    version: str
+    message: str
+    at: float
 
 
 @dataclass
@@ -31,6 +51,8 @@ class DataPlane:
     accepted: dict[str, str] = field(default_factory=dict)
     last_rejection: str = ""
     synced: str = ""  # newest version of which it has accepted everything
+    rejections: dict[tuple[str, str], Rejection] = field(default_factory=dict)
+    ahead: bool = False  # it has seen more of the registry than we have
 
 
 class Snapshots:
@@ -49,42 +71,74 @@ class Snapshots:
             self._current = snapshot
             self._published.notify_all()
 
-    async def newer_than(self, version: str) -> Snapshot:
-        """Wait for a snapshot of another version."""
+    async def other_than(self, known: Snapshot | None) -> Snapshot:
+        """Wait for another snapshot."""
         async with self._published:
-            await self._published.wait_for(lambda: self._current and self._current.version != version)
+            await self._published.wait_for(lambda: self._current is not None and self._current is not known)
             assert self._current is not None  # noqa: S101 - what was just waited for
             return self._current
 
 
 @dataclass
 class _Subscription:
-    """One resource type on one stream."""
+    """One resource type on one stream. Versions are digests; "" of a name in `sent`: Envoy was told that
+    there is no such resource."""
 
     wildcard: bool = False
     names: set[str] = field(default_factory=set)
     sent: dict[str, str] = field(default_factory=dict)
+    has: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
     awaited: str = ""  # nonce of the response not yet answered
+    in_flight: list[str] = field(default_factory=list)
+    suspects: list[list[str]] = field(default_factory=list)  # groups to be sent by themselves
 
     def wants(self, name: str) -> bool:
         return self.wildcard or name in self.names
+
+    def changed(self, named: Any) -> list[str]:
+        return [
+            name for name, resource in named.items()
+            if self.sent.get(name) != resource.version and self.wants(name)
+        ]  # fmt: skip
+
+
+class Listener(Protocol):
+    """Hears what data planes say of what they were sent."""
+
+    def nack(self, kind: str) -> None:
+        """A response was refused."""
+
+    def refused(self, rejection: Rejection) -> None:
+        """It is this resource."""
+
+    def accepted(self, kind: str, version: str) -> None:
+        """The resource with this version was accepted."""
+
+    def behind(self) -> None:
+        """A data plane has seen more of the registry than the snapshot shows."""
 
 
 class Stream:
     """The protocol with one Envoy, without I/O: requests in, responses out."""
 
-    def __init__(self, plane: DataPlane) -> None:
+    def __init__(self, plane: DataPlane, heard: Listener | None = None) -> None:
         self._plane = plane
+        self._heard = heard
         self._subscriptions: dict[str, _Subscription] = {}
         self._versions: dict[str, str] = {}  # nonce → snapshot version
         self._nonce = 0
+        self._seen = NOTHING
 
     def on_request(self, request: Any) -> None:
         first = request.type_url not in self._subscriptions
         subscription = self._subscriptions.setdefault(request.type_url, _Subscription())
         if first:
             # Envoy reconnects: what it still has from before need not be sent again.
-            subscription.sent.update(request.initial_resource_versions)
+            for name, version in request.initial_resource_versions.items():
+                subscription.sent[name], progress = parsed(version)
+                self._seen = max(self._seen, progress)
+            subscription.has |= subscription.sent.keys()
             subscription.wildcard = not request.resource_names_subscribe
         for name in request.resource_names_subscribe:
             if name == "*":
@@ -96,21 +150,59 @@ class Stream:
         for name in request.resource_names_unsubscribe:
             subscription.names.discard(name)
             subscription.sent.pop(name, None)
+            subscription.has.discard(name)
         if request.response_nonce and request.response_nonce == subscription.awaited:
-            subscription.awaited = ""
-            version = self._versions.pop(request.response_nonce, "")
-            kind = request.type_url.rpartition(".")[2]
-            if request.HasField("error_detail"):
-                self._plane.last_rejection = f"{kind}: {request.error_detail.message}"
-                log.error("Envoy %s refuses %s", self._plane.node_id, self._plane.last_rejection)
-            else:
-                self._plane.accepted[kind] = version
-                if self._plane.last_rejection.startswith(f"{kind}:"):
-                    self._plane.last_rejection = ""
+            self._answered(request, subscription)
+
+    def _answered(self, request: Any, subscription: _Subscription) -> None:
+        subscription.awaited = ""
+        version = self._versions.pop(request.response_nonce, "")
+        kind = request.type_url.rpartition(".")[2]
+        names, subscription.in_flight = subscription.in_flight, []
+        if not request.HasField("error_detail"):
+            self._plane.accepted[kind] = version
+            if self._heard is not None and request.type_url == xds.ROUTES:
+                for name in names:
+                    self._heard.accepted(kind, subscription.sent.get(name, ""))
+            subscription.has |= {name for name in names if subscription.sent.get(name)}
+            for name in names:
+                subscription.refused.pop(name, None)
+                self._plane.rejections.pop((kind, name), None)
+            if not any(of == kind for of, _ in self._plane.rejections) and not subscription.suspects:
+                self._forget_rejection(kind)
+            return
+        self._plane.last_rejection = f"{kind}: {request.error_detail.message}"
+        if self._heard is not None:
+            self._heard.nack(kind)
+        if len(names) > 1:
+            for name in names:
+                subscription.sent[name] = _UNKNOWN
+            half = len(names) // 2
+            subscription.suspects += [names[:half], names[half:]]
+            return
+        for name in names:
+            subscription.refused[name] = subscription.sent.get(name, "")
+            rejection = Rejection(
+                kind, name, subscription.refused[name], request.error_detail.message, time.time()
+            )
+            self._plane.rejections[kind, name] = rejection
+            log.error(
+                "Envoy %s refuses %s %s: %s", self._plane.node_id, kind, name, request.error_detail.message
+            )
+            if self._heard is not None:
+                self._heard.refused(rejection)
+
+    def _forget_rejection(self, kind: str) -> None:
+        if self._plane.last_rejection.startswith(f"{kind}:"):
+            left = list(self._plane.rejections.values())
+            self._plane.last_rejection = f"{left[-1].kind}: {left[-1].message}" if left else ""
 
     def responses(self, snapshot: Snapshot) -> list[Any]:
         """What may be sent now. Routes wait until the clusters they name are accepted and have endpoints.
         Endpoints wait for nothing: Envoy accepts clusters only when it has got them. Removals come last."""
+        self._plane.ahead = self._seen.is_beyond(snapshot.at)
+        if self._plane.ahead:
+            return []
         found: list[Any] = []
         for kind in xds.ORDER:
             subscription = self._subscriptions.get(kind)
@@ -120,54 +212,81 @@ class Stream:
                 break
             if subscription.awaited:
                 continue
-            changed = [
-                name
-                for name, version in snapshot.versions[kind].items()
-                if subscription.wants(name) and subscription.sent.get(name) != version
-            ]
-            if changed:
-                found.append(self._response(kind, snapshot, changed, []))
-        if not found and not self._awaits():
-            for kind in reversed(xds.ORDER):
-                subscription = self._subscriptions.get(kind)
-                if subscription is None:
-                    continue
-                gone = [name for name in subscription.sent if name not in snapshot.versions[kind]]
-                if gone:
-                    found.append(self._response(kind, snapshot, [], gone))
+            named = snapshot.found[kind]
+            changed = subscription.changed(named)
+            while subscription.suspects:
+                group = [name for name in subscription.suspects.pop(0) if name in named]
+                if group:
+                    changed = group
                     break
-            else:
-                if not self._plane.last_rejection:
-                    self._plane.synced = snapshot.version
+            absent = self._absent(kind, subscription, snapshot)
+            if changed or absent:
+                found.append(self._response(kind, snapshot, changed, absent))
+        if not found and not self._awaits():
+            found += self._removal(snapshot)
         return found
+
+    def _removal(self, snapshot: Snapshot) -> list[Any]:
+        """The next kind of which something has to go. While Envoy keeps routes that it was to replace, what
+        they name has to stay."""
+        routes = self._subscriptions.get(xds.ROUTES)
+        if routes is not None and (routes.refused or routes.changed(snapshot.found[xds.ROUTES])):
+            return []
+        for kind in reversed(xds.ORDER):
+            subscription = self._subscriptions.get(kind)
+            if subscription is None:
+                continue
+            named = snapshot.found[kind]
+            gone = [name for name, version in subscription.sent.items() if version and name not in named]
+            if gone:
+                return [self._response(kind, snapshot, [], gone)]
+        if not self._plane.rejections:
+            self._plane.synced = snapshot.version
+        return []
 
     def _awaits(self) -> bool:
         """Whether an answer is due."""
-        return any(s.awaited for s in self._subscriptions.values())
+        return any(s.awaited or s.suspects for s in self._subscriptions.values())
 
     def _warm(self, snapshot: Snapshot) -> bool:
-        """Whether Envoy has the endpoints of all clusters: until then it would refuse requests to them."""
-        endpoints = self._subscriptions.get(xds.ENDPOINTS)
-        if endpoints is None or self._plane.last_rejection.startswith("Cluster:"):
+        """Whether Envoy has all clusters and their endpoints: until then it would refuse requests to them."""
+        clusters, endpoints = (self._subscriptions.get(kind) for kind in (xds.CLUSTER, xds.ENDPOINTS))
+        if clusters is not None and not snapshot.found[xds.CLUSTER].keys() <= clusters.has:
+            return False
+        if endpoints is None:
             return True
-        wanted = snapshot.versions[xds.ENDPOINTS]
-        return all(endpoints.sent.get(name) == version for name, version in wanted.items())
+        named = snapshot.found[xds.ENDPOINTS]
+        return all(endpoints.sent.get(name) == resource.version for name, resource in named.items())
+
+    def _absent(self, kind: str, subscription: _Subscription, snapshot: Snapshot) -> list[str]:
+        """Endpoints it asks for in vain: Envoy would wait for them, and with them for all clusters."""
+        if kind != xds.ENDPOINTS:
+            return []
+        named = snapshot.found[kind]
+        return [name for name in subscription.names if name not in named and name not in subscription.sent]
 
     def _response(self, kind: str, snapshot: Snapshot, changed: list[str], gone: list[str]) -> Any:
         self._nonce += 1
         subscription = self._subscriptions[kind]
         subscription.awaited = str(self._nonce)
+        subscription.in_flight = changed
         self._versions[subscription.awaited] = snapshot.version
         response = discovery_pb2.DeltaDiscoveryResponse(
             type_url=kind, nonce=subscription.awaited, system_version_info=snapshot.version
         )
         for name in changed:
-            version = snapshot.versions[kind][name]
-            subscription.sent[name] = version
-            resource = response.resources.add(name=name, version=version)
-            resource.resource.Pack(snapshot.resources[kind][name])
+            resource = snapshot.found[kind][name]
+            subscription.sent[name] = resource.version
+            sent = response.resources.add(name=name, version=label(resource.version, snapshot.at))
+            sent.resource.type_url, sent.resource.value = kind, resource.packed
         for name in gone:
-            del subscription.sent[name]
+            if subscription.wants(name) and name in subscription.names:
+                subscription.sent[name] = ""
+            else:
+                subscription.sent.pop(name, None)
+            subscription.has.discard(name)
+            subscription.refused.pop(name, None)
+            self._plane.rejections.pop((kind.rpartition(".")[2], name), None)
             response.removed_resources.append(name)
         if kind == xds.CLUSTER and (members := self._subscriptions.get(xds.ENDPOINTS)):
             # A cluster that has changed waits for its endpoints as a new one does, and does not ask for them.
@@ -179,45 +298,63 @@ class Stream:
 class Ads(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc]
     """`planes` are the Envoys connected now."""
 
-    def __init__(self, snapshots: Snapshots) -> None:
+    def __init__(self, snapshots: Snapshots, heard: Listener | None = None) -> None:
         self._snapshots = snapshots
+        self._heard = heard
         self.planes: dict[int, DataPlane] = {}
 
     async def DeltaAggregatedResources(
         self, request_iterator: AsyncIterator[Any], context: Context
     ) -> AsyncIterator[Any]:
         plane = DataPlane("")
-        stream = Stream(plane)
+        stream = Stream(plane, self._heard)
         self.planes[id(plane)] = plane
+        ignorant_since = 0.0
+
+        def wait_s() -> float | None:
+            return RECHECK_S if plane.ahead or self._snapshots.current is None else None
+
         try:
-            async for snapshot in self._turns(request_iterator, stream, plane):
-                for response in stream.responses(snapshot):
-                    yield response
+            async for request in turns(request_iterator, self._snapshots, wait_s):
+                if request is not None:
+                    plane.node_id = request.node.id or plane.node_id
+                    stream.on_request(request)
+                if self._snapshots.current is not None:
+                    for response in stream.responses(self._snapshots.current):
+                        yield response
+                    if not plane.ahead:
+                        ignorant_since = 0.0
+                        continue
+                    if self._heard is not None:
+                        self._heard.behind()
+                ignorant_since = ignorant_since or time.monotonic()
+                if time.monotonic() - ignorant_since > HOLD_S:
+                    raise BackendUnavailable("this control plane has not come as far as the data plane")
         finally:
             self.planes.pop(id(plane), None)
 
-    async def _turns(
-        self, requests: AsyncIterator[Any], stream: Stream, plane: DataPlane
-    ) -> AsyncIterator[Snapshot]:
-        """The snapshot to look at, after every request and every change, until Envoy hangs up."""
-        version = ""
-        next_request: asyncio.Future[Any] = asyncio.ensure_future(anext(requests, None))
-        next_snapshot = asyncio.ensure_future(self._snapshots.newer_than(version))
-        try:
-            while True:
-                await asyncio.wait({next_request, next_snapshot}, return_when=asyncio.FIRST_COMPLETED)
-                if next_request.done():
-                    request = next_request.result()
-                    if request is None:
-                        return
-                    plane.node_id = request.node.id or plane.node_id
-                    stream.on_request(request)
-                    next_request = asyncio.ensure_future(anext(requests, None))
-                if next_snapshot.done():
-                    version = next_snapshot.result().version
-                    next_snapshot = asyncio.ensure_future(self._snapshots.newer_than(version))
-                if self._snapshots.current is not None:
-                    yield self._snapshots.current
-        finally:
-            next_request.cancel()
-            next_snapshot.cancel()
+
+async def turns(
+    requests: AsyncIterator[Any], snapshots: Snapshots, wait_s: Callable[[], float | None] = lambda: None
+) -> AsyncIterator[Any | None]:
+    """Every request, and None whenever there is a new snapshot or nothing has come for `wait_s`, until the
+    other side hangs up."""
+    next_request: asyncio.Future[Any] = asyncio.ensure_future(anext(requests, None))
+    next_snapshot = asyncio.ensure_future(snapshots.other_than(None))
+    try:
+        while True:
+            await asyncio.wait(
+                {next_request, next_snapshot}, timeout=wait_s(), return_when=asyncio.FIRST_COMPLETED
+            )
+            if next_snapshot.done():
+                next_snapshot = asyncio.ensure_future(snapshots.other_than(next_snapshot.result()))
+            if not next_request.done():
+                yield None
+                continue
+            if (request := next_request.result()) is None:
+                return
+            next_request = asyncio.ensure_future(anext(requests, None))
+            yield request
+    finally:
+        next_request.cancel()
+        next_snapshot.cancel()

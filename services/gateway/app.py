@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import grpc
 from envoy.service.discovery.v3 import ads_pb2_grpc
@@ -16,31 +18,30 @@ from pydantic import Field
 from tritonclient.grpc import service_pb2 as _oip  # noqa: F401 - reflection shows it
 
 from lingqu.gateway.v1.gateway_pb2_grpc import add_GatewayServiceServicer_to_server
-from services.core.access import Record, access, watched_access
 from services.core.audit import audited
 from services.core.backoff import Backoff
-from services.core.discovery import Model, Registry, Replica, Watched
+from services.core.discovery import Registration, Registry, Replica
 from services.core.errors import LingquError
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
-from services.core.settings import Address, Addresses, Origins, Settings
+from services.core.settings import Address, Addresses, Labels, Origins, Settings
 from services.core.tasks import background
-from services.core.telemetry import tracing
+from services.core.telemetry import metering, tracing
 from services.gateway.accounts import Accounts
-from services.gateway.ads import Ads, Snapshots
+from services.gateway.ads import Ads
+from services.gateway.control import SERVICE, ControlPlane
 from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
+from services.gateway.figures import BEHIND, DATA_PLANES, Figures
 from services.gateway.issuers import Issuers
 from services.gateway.keys import KeyRing
 from services.gateway.limits.app import GlobalLimits
 from services.gateway.listener import Entry, Limiting
 from services.gateway.providers import ProvidersFile
 from services.gateway.service import Gateway
-from services.gateway.snapshot import snapshot
-from services.gateway.view import View, view
+from services.gateway.view import is_address
 
 GATEWAY_SERVICE = "lingqu.gateway.v1.GatewayService"
-# Changes that come together make one snapshot.
-DEBOUNCE_S = 0.01
+ADS_SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 RECORD_LOOK_S, RECORD_MOST_S = 1.0, 30.0
 
 
@@ -50,6 +51,10 @@ class GatewaySettings(Settings):
     gateway_listen: Address = "127.0.0.1:8081"
     gateway_address: Address | None = None
     """Where Envoy reaches this process; default: gateway_listen."""
+    gateway_ttl_s: int = Field(10, ge=1)
+    """How long this control plane is believed alive in silence."""
+    labels: Labels = Field(default_factory=dict)
+    """Of this control plane, such as its zone."""
     registry: Addresses = "127.0.0.1:8082"
     cors_origins: Origins = ()
     """Web pages that may call the public port, "https://app.example,https://*.lab.example"; default: none."""
@@ -72,60 +77,6 @@ class GatewaySettings(Settings):
     """If set, an admin key is written there at start, valid for 30 days."""
 
 
-class ControlPlane:
-    """Turns every change of the registry into a snapshot."""
-
-    def __init__(
-        self,
-        entry: Entry,
-        registry: Registry,
-        issuers: Issuers,
-        changed: asyncio.Event,
-        *,
-        limiter: str,
-        lease_s: int,
-    ) -> None:
-        self._entry = entry
-        self._issuers = issuers
-        self._changed = changed
-        self._replicas: Watched[Replica] = registry.watched_replicas("inference", self._changed)
-        self._models: Watched[Model] = registry.watched_models(self._changed)
-        self._access: Watched[Record] = watched_access(registry, self._changed)
-        self.limits = GlobalLimits(registry, limiter, lease_s, self._changed)
-        self.snapshots = Snapshots()
-        self._view = View((), ())
-
-    def state(self) -> tuple[str, View, bool]:
-        current = self.snapshots.current
-        connected = all(watched.connected for watched in self._watches)
-        return current.version if current else "", self._view, connected
-
-    def watches(self) -> AbstractAsyncContextManager[None]:
-        return background(*(watched.run() for watched in self._watches), self._follow())
-
-    @property
-    def _watches(self) -> tuple[Watched[Any], ...]:
-        return self._replicas, self._models, self._access
-
-    async def _follow(self) -> None:
-        # Until the registry has told all, Envoy keeps what it has: an unknown suite is not an empty one.
-        await asyncio.gather(*(watched.synced.wait() for watched in self._watches))
-        while True:
-            self._changed.clear()
-            who = access(self._access.items.values())
-            self.limits.follow(who)
-            limiters = self.limits.addresses
-            now = view(self._replicas.items.values(), self._models.items.values(), who, limiters=limiters)
-            entry = replace(self._entry, jwks=self._issuers.jwks, issuers=self._issuers.others)
-            made = snapshot(now, entry)
-            if self.snapshots.current is None or made.version != self.snapshots.current.version:
-                await self.snapshots.publish(made)
-            self._view = now
-            self._issuers.access = who
-            await self._changed.wait()
-            await asyncio.sleep(DEBOUNCE_S)
-
-
 @asynccontextmanager
 async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
@@ -140,35 +91,58 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
             cfg.issuers,
             changed=changed.set,
         )
+        address = _resolved(cfg.gateway_address or cfg.gateway_listen)
         entry = Entry(
             listen=cfg.public_listen,
-            control=cfg.gateway_address or cfg.gateway_listen,
+            control=address,
             jwks=issuers.jwks,
             traces=cfg.otlp_endpoint,
             known_clients_only=cfg.known_clients_only,
             limits=Limiting(cfg.limits_timeout_s, cfg.limits_fail == "closed"),
             cors_origins=cfg.cors_origins,
         )
-        address = cfg.limiter_address or entry.control
-        control = ControlPlane(entry, registry, issuers, changed, limiter=address, lease_s=cfg.limits_lease_s)
+
+        def current_entry() -> Entry:
+            return replace(entry, jwks=issuers.jwks, issuers=issuers.others)
+
+        figures = Figures(stack.enter_context(metering("lingqu-gateway-control", cfg.otlp_endpoint)))
+        limits = GlobalLimits(registry, cfg.limiter_address or address, cfg.limits_lease_s, changed)
+        control = ControlPlane(current_entry, registry, changed, limits, (issuers,), figures)
         accounts = Accounts(registry)
-        ads = Ads(control.snapshots)
+        ads = Ads(control.snapshots, control)
+        figures.gauge(DATA_PLANES, lambda: len(ads.planes))
+        figures.gauge(
+            BEHIND, lambda: sum(plane.synced != control.state()[0] for plane in ads.planes.values())
+        )
         layers = server_stack(tracer, cfg.max_in_flight, *audited(cfg.audit_log, issuers.of))
         server = grpc.aio.server(interceptors=layers, options=SERVER_OPTIONS)
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(ads, server)
-        gateway = Gateway(issuers, accounts, control.state, ads.planes.values)
+        gateway = Gateway(issuers, accounts, control, ads.planes.values)
         add_GatewayServiceServicer_to_server(gateway, server)
         await stack.enter_async_context(issuers.watching())
         await stack.enter_async_context(control.watches())
-        control.limits.add_to(server)
+        limits.add_to(server)
         # Health and reflection of the public port are answered here, for the services behind it.
         public = [TEXT_SERVICE, TENSOR_SERVICE, GATEWAY_SERVICE]
         checks = await stack.enter_async_context(serving(server, cfg.gateway_listen, public, cfg.grace_s))
-        await stack.enter_async_context(control.limits.running())
+        await stack.enter_async_context(limits.running())
         await stack.enter_async_context(
             background(_report_health(control, checks), _record(issuers, accounts))
         )
+        own = Replica(
+            "gateway-" + re.sub(r"[^0-9a-zA-Z.]", "-", address), SERVICE, {"grpc": address}, (), cfg.labels
+        )
+        registration = Registration(registry, own, cfg.gateway_ttl_s)
+        # Known to others last, forgotten by them first.
+        stack.push_async_callback(registration.withdraw)
+        await stack.enter_async_context(background(registration.run()))
         yield
+
+
+def _resolved(address: str) -> str:
+    """As "IP:port": others find it in the registry, which has no names."""
+    host, _, port = address.rpartition(":")
+    return address if is_address(address) else f"{socket.gethostbyname(host)}:{port}"
 
 
 async def _record(issuers: Issuers, accounts: Accounts) -> None:
@@ -187,12 +161,14 @@ async def _record(issuers: Issuers, accounts: Accounts) -> None:
 
 
 async def _report_health(control: ControlPlane, checks: object) -> None:
-    """SERVING for a service as long as some replica can answer it."""
+    """SERVING for a service as long as some replica can answer it, and for the data planes' as long as the
+    registry tells what changes: they prefer control planes that know."""
     while True:
-        _, now, _ = control.state()
+        version, now, connected = control.state()
         able = {
             TEXT_SERVICE: any(t.text_endpoints for t in now.targets),
             TENSOR_SERVICE: bool(now.tritons),
+            ADS_SERVICE: bool(version) and connected,
         }
         for service, serves in able.items():
             status = (

@@ -6,7 +6,19 @@ from __future__ import annotations
 from ipaddress import ip_address
 from typing import Any
 
-from services.gateway.clusters import socket_address
+from services.gateway.clusters import endpoints, socket_address
+
+# Envoy's own default grows to half a minute: a control plane that is back would be found that late.
+_RECONNECTS = {"retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"}}
+# One that has lost the registry says so.
+_KNOWS_WHAT_CHANGES = {
+    "timeout": "1s",
+    "interval": "2s",
+    "no_traffic_interval": "2s",
+    "unhealthy_threshold": 2,
+    "healthy_threshold": 1,
+    "grpc_health_check": {"service_name": "envoy.service.discovery.v3.AggregatedDiscoveryService"},
+}
 
 HEAP_BYTES = 1 << 30
 MAX_CONNECTIONS = 20_000
@@ -17,7 +29,8 @@ _EXPENSIVE_BYTES_LOG2 = 18
 
 
 def bootstrap(node_id: str, control: str, admin: str, heap_bytes: int = HEAP_BYTES) -> dict[str, Any]:
-    """To be written as JSON and given to `envoy -c`. `control` and `admin` are "host:port"; the latter has no
+    """To be written as JSON and given to `envoy -c`. `control` and `admin` are "host:port"; of control planes
+    there may be several, separated by commas: Envoy keeps to one that is healthy. The admin interface has no
     authentication and must be on loopback (ValueError otherwise). `heap_bytes`: what Envoy may allocate."""
     host = admin.rpartition(":")[0].strip("[]")
     if host != "localhost" and not ip_address(host).is_loopback:
@@ -30,7 +43,7 @@ def bootstrap(node_id: str, control: str, admin: str, heap_bytes: int = HEAP_BYT
             "ads_config": {
                 "api_type": "DELTA_GRPC",
                 "transport_api_version": "V3",
-                "grpc_services": [{"envoy_grpc": {"cluster_name": "ads"}}],
+                "grpc_services": [{"envoy_grpc": {"cluster_name": "ads", "retry_policy": _RECONNECTS}}],
             },
             "cds_config": {"ads": {}, "resource_api_version": "V3"},
             "lds_config": {"ads": {}, "resource_api_version": "V3"},
@@ -52,10 +65,11 @@ def bootstrap(node_id: str, control: str, admin: str, heap_bytes: int = HEAP_BYT
                             },
                         }
                     },
-                    "load_assignment": {
-                        "cluster_name": "ads",
-                        "endpoints": [{"lb_endpoints": [{"endpoint": {"address": socket_address(control)}}]}],
-                    },
+                    "load_assignment": endpoints("ads", (part.strip() for part in control.split(","))),
+                    "health_checks": [_KNOWS_WHAT_CHANGES],
+                    "close_connections_on_host_health_failure": True,
+                    # If none is healthy, any is better than none.
+                    "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
                 }
             ]
         },

@@ -49,6 +49,10 @@ class Issuers:
         self.dev: Minted | None = None  # what is in dev_key
         self._publish()
 
+    def follow(self, access: Access) -> None:
+        """Whoever that refuses is refused from now on."""
+        self.access = access
+
     @property
     def jwks(self) -> Mapping[str, Any]:
         """Our own public keys."""

@@ -15,27 +15,27 @@ from services.core.identity import Caller
 from services.core.interceptors import Context
 from services.gateway.accounts import Accounts
 from services.gateway.ads import DataPlane
+from services.gateway.control import ControlPlane
 from services.gateway.issuers import Issuers
 from services.gateway.keys import TTL_DEFAULT_S, PublicKey
-from services.gateway.view import View
 
 AFTER_RETIRING_S = 3_600
 
 
 class Gateway(GatewayServiceServicer):
-    """`state` gives the version, the view it was made of, and whether the registry is connected."""
+    """Answers from what the control plane knows; `planes` are the Envoys connected to it."""
 
     def __init__(
         self,
         issuers: Issuers,
         accounts: Accounts,
-        state: Callable[[], tuple[str, View, bool]],
+        control: ControlPlane,
         planes: Callable[[], Iterable[DataPlane]],
     ) -> None:
         self._issuers = issuers
         self._keys = issuers.ring
         self._accounts = accounts
-        self._state = state
+        self._control = control
         self._planes = planes
 
     async def CreateKey(self, request: pb.CreateKeyRequest, context: Context) -> pb.CreateKeyResponse:
@@ -96,7 +96,8 @@ class Gateway(GatewayServiceServicer):
         self, request: pb.DescribeRoutesRequest, context: Context
     ) -> pb.DescribeRoutesResponse:
         self._admin(context)
-        version, view, connected = self._state()
+        version, view, connected = self._control.state()
+        current = self._control.snapshots.current
         return pb.DescribeRoutesResponse(
             version=version,
             registry_connected=connected,
@@ -110,14 +111,11 @@ class Gateway(GatewayServiceServicer):
                 )
                 for target in view.targets
             ],
-            data_planes=[
-                pb.DataPlane(
-                    node_id=plane.node_id,
-                    accepted_versions=plane.accepted,
-                    last_rejection=plane.last_rejection,
-                    synced_version=plane.synced,
-                )
-                for plane in self._planes()
+            data_planes=[_data_plane(plane) for plane in self._planes()],
+            refused=current.refused if current else {},
+            control_planes=[
+                pb.ControlPlane(id=one.id, address=one.endpoints.get("grpc", ""), labels=one.labels)
+                for one in self._control.gateways
             ],
         )
 
@@ -156,4 +154,20 @@ def _signing_key(key: PublicKey) -> pb.SigningKey:
         state = pb.SigningKey.STATE_FORMER
     return pb.SigningKey(
         key_id=key.kid, state=state, expire_time=Timestamp(seconds=key.until) if key.until else None
+    )
+
+
+def _data_plane(plane: DataPlane) -> pb.DataPlane:
+    return pb.DataPlane(
+        node_id=plane.node_id,
+        accepted_versions=plane.accepted,
+        last_rejection=plane.last_rejection,
+        synced_version=plane.synced,
+        rejections=[
+            pb.Rejection(
+                kind=one.kind, name=one.name, message=one.message, time=Timestamp(seconds=int(one.at))
+            )
+            for one in plane.rejections.values()
+        ],
+        ahead=plane.ahead,
     )

@@ -3,58 +3,201 @@
 Resources are written as the dictionaries that Envoy's documentation shows and parsed into its messages, so
 that a misspelt field fails here and not in a data plane. Names of clusters carry model and version; a
 cluster's configuration never changes, only its endpoints do.
+
+What Envoy would refuse of one model costs that model its traffic, not the others their changes.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
+from services.core.discovery import Model
 from services.gateway import clusters, filters, xds
 from services.gateway.filters import versions
 from services.gateway.listener import Entry, listener
+from services.gateway.progress import NOTHING, Progress
+from services.gateway.resources import Parser, Refused, Resource
 from services.gateway.routes import routes
-from services.gateway.view import View
+from services.gateway.view import Target, View
+
+MAX_BANNED = 1024
+Named = Mapping[str, Resource]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """All that a view has of one model; `named` are the targets without traffic."""
+
+    targets: tuple[Target, ...] = ()
+    named: tuple[Target, ...] = ()
+    models: tuple[Model, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Resources by type URL and name, each with a version that is the digest of its content."""
+    """Resources by type URL and name, each with a version that is the digest of its content. `refused`: what
+    was left out or left as it was, and why. `at`: how much of the registry it knows."""
 
-    resources: Mapping[str, Mapping[str, Message]]
-    versions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    version: str = ""
+    found: Mapping[str, Named]
+    version: str
+    refused: Mapping[str, str] = field(default_factory=dict)
+    at: Progress = NOTHING
+
+    @property
+    def resources(self) -> Mapping[str, Mapping[str, Message]]:
+        return {kind: {name: r.message for name, r in named.items()} for kind, named in self.found.items()}
+
+    @property
+    def versions(self) -> Mapping[str, Mapping[str, str]]:
+        return {kind: {name: r.version for name, r in named.items()} for kind, named in self.found.items()}
 
 
 def snapshot(view: View, entry: Entry) -> Snapshot:
-    """Everything for one state of the suite. The same arguments give the same snapshot."""
-    made = [clusters.fixed(clusters.CONTROL, entry.control)]
-    made.append(clusters.limiter())
-    members = [clusters.endpoints(clusters.LIMITER, view.limiters)]
-    if entry.traces:
-        made.append(clusters.fixed(clusters.TRACES, entry.traces))
-    for cluster, addresses in _clusters(view):
-        made.append(cluster)
-        members.append(clusters.endpoints(cluster["name"], addresses, view.zones, view.unhealthy))
-    found = {
-        xds.CLUSTER: _named(xds.CLUSTER, "name", made),
-        xds.ENDPOINTS: _named(xds.ENDPOINTS, "cluster_name", members),
-        xds.SECRETS: {},
-        xds.LISTENER: _named(xds.LISTENER, "name", [listener(entry)]),
-        xds.EXTENSIONS: _named(xds.EXTENSIONS, "name", filters.extensions(view, entry)),
-        xds.ROUTES: _named(xds.ROUTES, "name", [routes(view, entry.cors_origins)]),
-    }
-    versions = {kind: {name: _digest([m]) for name, m in named.items()} for kind, named in found.items()}
-    return Snapshot(found, versions, _digest(m for named in found.values() for m in named.values()))
+    """Everything for one state of the suite. The same arguments give the same snapshot. Raises Refused."""
+    return Builder().build(view, entry)
 
 
-def _clusters(view: View) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+class Builder:
+    """The same for one state after another: each costs what has changed.
+
+    A model with which no snapshot can be made, or that an Envoy has refused, stays as it was when it was last
+    accepted until the registry says something else of it; so does a resource that belongs to no model. The
+    first time, build raises Refused for the latter."""
+
+    def __init__(self) -> None:
+        self._parser = Parser()
+        self._last: Snapshot | None = None
+        self._known: dict[str, Known] = {}
+        self._good: dict[str, Known] = {}
+        self._bad: dict[str, tuple[Known, str]] = {}
+        self._doubtful: list[str] = []
+        self._banned: dict[str, str] = {}
+
+    def build(self, view: View, entry: Entry) -> Snapshot:
+        known = _by_model(view)
+        self._bad = {name: (was, why) for name, (was, why) in self._bad.items() if known.get(name) == was}
+        try:
+            made = self._made(self._usable(view), entry)
+        except Refused:
+            self._bad |= self._culprits(view, known, entry)
+            try:
+                made = self._made(self._usable(view), entry)
+            except Refused:  # what they had before is no better
+                for name in self._bad:
+                    self._good.pop(name, None)
+                made = self._made(self._usable(view), entry)
+        refused = {f'model "{name}"': why for name, (_, why) in sorted(self._bad.items())}
+        self._last, self._known = replace(made, refused={**made.refused, **refused}), known
+        self._parser.turn()
+        return self._last
+
+    def refused(self, kind: str, version: str, why: str) -> bool:
+        """An Envoy says no to a resource with this version. True: build again.
+
+        Listeners and filters may be refused for what is wrong with one Envoy, such as a port that is taken:
+        those it keeps by itself. All routes are one resource: whichever models have changed since it was last
+        accepted are tried again one at a time."""
+        if kind in ("Cluster", "ClusterLoadAssignment"):
+            self._banned[version] = why
+            while len(self._banned) > MAX_BANNED:
+                del self._banned[next(iter(self._banned))]
+            return True
+        if kind != "RouteConfiguration" or not self._good or version not in self._routes():
+            return False
+        changed = [
+            name for name, value in self._known.items()
+            if value != self._good.get(name) and name not in self._bad
+        ]  # fmt: skip
+        self._bad |= {name: (self._known[name], why) for name in changed}
+        self._doubtful += changed if len(changed) > 1 else []
+        return bool(changed)
+
+    def accepted(self, kind: str, version: str) -> bool:
+        """An Envoy has taken a resource with this version. True: build again."""
+        if kind != "RouteConfiguration" or version not in self._routes():
+            return False
+        held = {name: self._good[name] for name in self._bad.keys() & self._good.keys()}
+        self._good = {name: value for name, value in self._known.items() if name not in self._bad} | held
+        if self._doubtful:
+            self._bad.pop(self._doubtful.pop(), None)
+            return True
+        return False
+
+    def _routes(self) -> list[str]:
+        return [r.version for r in self._last.found[xds.ROUTES].values()] if self._last else []
+
+    def _usable(self, view: View) -> View:
+        """The view with what is known to be good in place of what is known to be bad."""
+        made = _without(view, self._bad)
+        good = [self._good[name] for name in self._bad if name in self._good]
+        if not good:
+            return made
+        return replace(
+            made,
+            targets=_ordered([*made.targets, *(t for known in good for t in known.targets)]),
+            named=_ordered([*made.named, *(t for known in good for t in known.named)]),
+            models=tuple(
+                sorted((*made.models, *(m for known in good for m in known.models)), key=lambda m: m.name)
+            ),
+        )
+
+    def _culprits(self, view: View, known: Mapping[str, Known], entry: Entry) -> dict[str, tuple[Known, str]]:
+        """The models with which alone no snapshot can be made."""
+        found = {}
+        for name, value in known.items():
+            try:
+                self._made(_without(view, known.keys() - {name}), entry)
+            except Refused as err:
+                found[name] = (value, str(err))
+        return found
+
+    def _made(self, view: View, entry: Entry) -> Snapshot:
+        made = []
+        members = []
+        if entry.traces:
+            made.append(clusters.fixed(clusters.TRACES, entry.traces))
+        for cluster, addresses in _clusters(view, entry):
+            made.append(cluster)
+            members.append(clusters.endpoints(cluster["name"], addresses, view.zones, view.unhealthy))
+        refused: dict[str, str] = {}
+
+        def named(kind: str, bodies: Iterable[dict[str, Any]], key: str = "name") -> dict[str, Resource]:
+            return {body[key]: self._resource(kind, body[key], body, refused) for body in bodies}
+
+        found = {
+            xds.CLUSTER: named(xds.CLUSTER, made),
+            xds.ENDPOINTS: named(xds.ENDPOINTS, members, "cluster_name"),
+            xds.SECRETS: {},
+            xds.LISTENER: named(xds.LISTENER, [listener(entry)]),
+            xds.EXTENSIONS: named(xds.EXTENSIONS, filters.extensions(view, entry)),
+            xds.ROUTES: named(xds.ROUTES, [routes(view, entry.cors_origins)]),
+        }
+        return Snapshot(found, _digest(found), refused)
+
+    def _resource(self, kind: str, name: str, body: dict[str, Any], refused: dict[str, str]) -> Resource:
+        try:
+            made = self._parser.resource(xds.MESSAGES[kind], body)
+            if why := self._banned.get(made.version):
+                raise Refused(why)
+        except Refused as err:
+            of_models = kind == xds.ROUTES or "/" in name
+            if of_models or self._last is None or name not in self._last.found[kind]:
+                raise
+            refused[f"{kind.rpartition('.')[2]} {name}"] = str(err)
+            return self._last.found[kind][name]
+        return made
+
+
+def _clusters(view: View, entry: Entry) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
     """Those whose endpoints come from the registry, with their addresses."""
+    yield clusters.discovered(clusters.CONTROL), view.gateways or (entry.control,)
+    yield clusters.limiter(), view.limiters
     yield clusters.discovered(clusters.ANY_TRITON), view.tritons
     yield clusters.discovered(clusters.ANY_REST), view.rest
     shadows = {(model.name, model.shadow) for model in view.models if model.shadow and model.weights}
@@ -66,12 +209,39 @@ def _clusters(view: View) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
                 yield clusters.shadow(name, appending), addresses
 
 
-def _named(kind: str, key: str, bodies: Iterable[dict[str, Any]]) -> dict[str, Message]:
-    return {body[key]: ParseDict(body, xds.MESSAGES[kind]()) for body in bodies}
+def _by_model(view: View) -> dict[str, Known]:
+    targets: defaultdict[str, list[Target]] = defaultdict(list)
+    named: defaultdict[str, list[Target]] = defaultdict(list)
+    for target in view.targets:
+        targets[target.model].append(target)
+    for target in view.named:
+        named[target.model].append(target)
+    models = {model.name: (model,) for model in view.models}
+    return {
+        name: Known(tuple(targets[name]), tuple(named[name]), models.get(name, ()))
+        for name in {**targets, **named, **models}
+    }
 
 
-def _digest(messages: Iterable[Message]) -> str:
+def _ordered(targets: Iterable[Target]) -> tuple[Target, ...]:
+    return tuple(sorted(targets, key=lambda target: (target.model, target.version)))
+
+
+def _without(view: View, names: Iterable[str]) -> View:
+    gone = frozenset(names)
+    if not gone:
+        return view
+    return replace(
+        view,
+        targets=tuple(target for target in view.targets if target.model not in gone),
+        named=tuple(target for target in view.named if target.model not in gone),
+        models=tuple(model for model in view.models if model.name not in gone),
+    )
+
+
+def _digest(found: Mapping[str, Named]) -> str:
     hasher = hashlib.sha256()
-    for message in messages:
-        hasher.update(message.SerializeToString(deterministic=True))
+    for kind, named in found.items():
+        for name, resource in sorted(named.items()):
+            hasher.update(f"{kind} {name} {resource.version}\n".encode())
     return hasher.hexdigest()[:16]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from services.core.access import Access
 from services.core.discovery import READY, Model, Replica, Version, VersionKey
 
 ZONE = "zone"
 AFFINITY = "lingqu.affinity"
+# What is let into a header as a model's name: no request can name another.
+_MODEL_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +39,11 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class View:
     """All targets with traffic, ordered by model and version, every Triton there is, every replica's REST
-    API, all models by name, who may call them, and the control planes that can be asked for limits
-    (`limiters`).
+    API, all models by name, and who may call them.
 
     `named` are the targets without traffic that requests may ask for; `zones` has the zone of an endpoint
-    that has one, `unhealthy` those that do not answer."""
+    that has one, `unhealthy` those that do not answer; `gateways` are the control planes,
+    `limiters` those that can be asked for limits."""
 
     targets: tuple[Target, ...]
     tritons: tuple[str, ...]
@@ -48,6 +53,7 @@ class View:
     named: tuple[Target, ...] = ()
     zones: Mapping[str, str] = field(default_factory=dict)
     unhealthy: frozenset[str] = frozenset()
+    gateways: tuple[str, ...] = ()
     limiters: tuple[str, ...] = ()
 
 
@@ -56,18 +62,20 @@ def view(
     models: Iterable[Model],
     access: Access | None = None,
     unhealthy: Iterable[str] = (),
+    gateways: Iterable[Replica] = (),
     limiters: Iterable[str] = (),
 ) -> View:
-    """A model without traffic has no target; one whose replicas are all away has some without endpoints."""
+    """A model without traffic has no target; one whose replicas are all away has some without endpoints.
+    Names and addresses that Envoy would refuse are as good as none."""
     alive = sorted(replicas, key=lambda r: r.id)
     ready: dict[VersionKey, list[Replica]] = defaultdict(list)
     for replica in alive:
         for hosted in replica.models:
-            if hosted.state == READY:
+            if hosted.state == READY and replica not in ready[hosted.key][-1:]:
                 ready[hosted.key].append(replica)
     targets: list[Target] = []
     named: list[Target] = []
-    known_models = tuple(sorted(models, key=lambda m: m.name))
+    known_models = tuple(sorted((m for m in models if _MODEL_NAME.fullmatch(m.name)), key=lambda m: m.name))
     for model in known_models:
         if not model.weights:
             continue
@@ -92,12 +100,26 @@ def view(
         tuple(named),
         {address: r.labels[ZONE] for r in alive if r.labels.get(ZONE) for address in r.endpoints.values()},
         frozenset(unhealthy),
+        _endpoints(sorted(gateways, key=lambda g: g.id), "grpc"),
         tuple(limiters),
     )
 
 
 def _endpoints(replicas: Iterable[Replica], protocol: str) -> tuple[str, ...]:
-    return tuple(r.endpoints[protocol] for r in replicas if protocol in r.endpoints)
+    """Each once: two replicas at one address are one place to go."""
+    found = (r.endpoints[protocol] for r in replicas if protocol in r.endpoints)
+    return tuple(dict.fromkeys(address for address in found if is_address(address)))
+
+
+@lru_cache(maxsize=65_536)
+def is_address(text: str) -> bool:
+    """Whether `text` is "IP:port", as Envoy's endpoints are."""
+    host, _, port = text.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return not address.is_unspecified and port.isascii() and port.isdigit() and 0 < int(port) < 65536
 
 
 def _target(model: Model, version: Version, percent: int, ready: list[Replica]) -> Target:
