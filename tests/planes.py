@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 from envoy.service.discovery.v3 import ads_pb2_grpc
+from envoy.service.load_stats.v3 import lrs_pb2_grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -20,12 +21,14 @@ from deploy.local.parts import envoy
 from lingqu.inference.v1 import inference_pb2 as pb
 from services.core.access import Access
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
+from services.core.tasks import background
 from services.gateway.ads import Ads, Snapshots
 from services.gateway.bootstrap import bootstrap
+from services.gateway.judge import Judge
 from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
-from services.gateway.snapshot import snapshot
-from services.gateway.view import view
+from services.gateway.snapshot import Snapshot, snapshot
+from services.gateway.view import AFFINITY, View, view
 from tests.conftest import free_offset
 from tests.waiting import until
 
@@ -47,7 +50,7 @@ class Backend(grpc.GenericRpcHandler):
     server: grpc.aio.Server | None = None
 
     async def start(self, port: int = 0) -> None:
-        self.server = grpc.aio.server()
+        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         self.server.add_generic_rpc_handlers((self,))
         self.address = f"127.0.0.1:{self.server.add_insecure_port(f'127.0.0.1:{port}')}"
         await self.server.start()
@@ -156,18 +159,35 @@ class Plane:
     snapshots: Snapshots
     admin: str
     stack: AsyncExitStack
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    shown: View = field(default_factory=lambda: View((), ()))
+
+    def __post_init__(self) -> None:
+        self.judge = Judge(self.changed)
 
     async def show(
         self, replicas: Sequence[Replica], models: Sequence[Model], access: Access | None = None
     ) -> None:
         """Until Envoy has accepted it."""
-        made = snapshot(view(replicas, models, access), self.entry)
-        await self.snapshots.publish(made)
+        self.shown = view(replicas, models, access)
+        made = await self._publish()
         await until(
             lambda: any(plane.synced == made.version for plane in self.ads.planes.values()),
             f"Envoy has the configuration: {[p.last_rejection for p in self.ads.planes.values()]}",
             every_s=0.01,
         )
+
+    async def follow(self) -> None:
+        """What breakers decide, for ever."""
+        while True:
+            await self.changed.wait()
+            self.changed.clear()
+            await self._publish()
+
+    async def _publish(self) -> Snapshot:
+        made = snapshot(self.judge.applied(self.shown), self.entry)
+        await self.snapshots.publish(made)
+        return made
 
     async def caller(self, name: str) -> Caller:
         made = Caller(self.entry.listen, self.keys.mint(name).key)
@@ -182,9 +202,9 @@ def hosting(name: str, address: str, *versions: VersionKey, http: str = "127.0.0
 
 
 def model(name: str, *shares: int, **settings: Any) -> Model:
-    """A model whose versions 1, 2, … have these shares."""
+    """A model whose versions 1, 2, … have these shares, each request wherever there is room."""
     versions = tuple(
-        Version(VersionKey(name, number), "file:///x", "0", "generate", "x")
+        Version(VersionKey(name, number), "file:///x", "0", "generate", "x", labels={AFFINITY: "none"})
         for number in range(1, len(shares) + 1)
     )
     return Model(name, versions, tuple(enumerate(shares, 1)), **settings)
@@ -201,11 +221,13 @@ async def plane(folder: Path, **settings: Any) -> AsyncIterator[Plane]:
     async with AsyncExitStack() as stack:
         server = grpc.aio.server()
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(ads, server)
+        admin = layout.address(ENVOY_ADMIN)
+        made = Plane(entry, keys, ads, snapshots, admin, stack)
+        lrs_pb2_grpc.add_LoadReportingServiceServicer_to_server(made.judge.loads, server)
         server.add_insecure_port(entry.control)
         await server.start()
         stack.push_async_callback(server.stop, 0)
         config = folder / "envoy.json"
-        admin = layout.address(ENVOY_ADMIN)
         config.write_text(json.dumps(bootstrap("test", entry.control, admin)))
         process = await asyncio.create_subprocess_exec(
             envoy(layout).argv[0], "-c", str(config), "--disable-hot-restart", "--concurrency", "1",
@@ -213,7 +235,8 @@ async def plane(folder: Path, **settings: Any) -> AsyncIterator[Plane]:
         )  # fmt: skip
         stack.push_async_callback(_end, process)
         await until(lambda: ads.planes, "Envoy asks for its configuration")
-        yield Plane(entry, keys, ads, snapshots, admin, stack)
+        await stack.enter_async_context(background(made.judge.run(), made.follow()))
+        yield made
         assert process.returncode is None, "Envoy did not live to the end"
 
 

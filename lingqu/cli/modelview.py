@@ -128,7 +128,19 @@ def policy(of: models_pb2.Policy) -> str:
         parts.append("golden examples")
     if of.releasers:
         parts.append("released by " + ", ".join(of.releasers))
-    return "; ".join(parts)
+    return "; ".join(parts + protection(of.protection))
+
+
+def protection(of: models_pb2.Protection) -> list[str]:
+    parts = [f"at most {of.max_requests:,} requests in progress"] if of.max_requests else []
+    if of.breaker_off:
+        return [*parts, "no breaker"]
+    opens = [f"{of.breaker_error_percent} % failures"] if of.breaker_error_percent else []
+    if latency := of.breaker_latency.ToMilliseconds():
+        opens.append(f"a mean of {latency:,} ms")
+    if of.breaker_min_requests:
+        opens.append(f"{of.breaker_min_requests} requests at least")
+    return [*parts, f"breaker at {', '.join(opens)}"] if opens else parts
 
 
 def placement(of: models_pb2.Placement) -> str:

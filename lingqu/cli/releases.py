@@ -144,9 +144,23 @@ def policy(
     require_golden: Annotated[
         bool | None, typer.Option(help="Only versions with golden examples are released.")
     ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Requests of a version in progress in each gateway; 0: 8192.", min=0)
+    ] = None,
+    breaker: Annotated[bool | None, typer.Option(help="Whether versions have a breaker.")] = None,
+    breaker_errors: Annotated[
+        int | None, typer.Option(help="Percent of failures that opens it; 0: 50.", min=0, max=100)
+    ] = None,
+    breaker_requests: Annotated[
+        int | None, typer.Option(help="Requests in ten seconds that it takes; 0: 20.", min=0)
+    ] = None,
+    breaker_latency: Annotated[
+        float | None, typer.Option(help="Mean seconds that open it; 0: no bound.", min=0)
+    ] = None,
     output: Output = Format.table,
 ) -> None:
-    """Look at what a model's releases have to satisfy, or change it; what is not named stays."""
+    """Look at what a model's releases have to satisfy and how gateways protect it, or change it; what is not
+    named stays."""
     model = read_model(context.obj, name)
     changed = models_pb2.Policy()
     changed.CopyFrom(model.policy)
@@ -161,6 +175,19 @@ def policy(
         changed.releasers[:] = [text for text in releaser if text]
     if require_golden is not None:
         changed.require_golden = require_golden
+    numbers = {
+        "max_requests": max_requests,
+        "breaker_error_percent": breaker_errors,
+        "breaker_min_requests": breaker_requests,
+        "breaker_off": None if breaker is None else not breaker,
+    }
+    for field, value in numbers.items():
+        if value is not None:
+            setattr(changed.protection, field, value)
+    if breaker_latency is not None:
+        changed.protection.ClearField("breaker_latency")
+        if breaker_latency:
+            changed.protection.breaker_latency.FromMilliseconds(round(breaker_latency * 1000))
     if changed != model.policy:
         request = models_pb2.SetPolicyRequest(model=name, policy=changed)
         model = call(context.obj, lambda stub: stub.SetPolicy, request).model

@@ -114,6 +114,17 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Protection:
+    """How gateways protect a model's replicas, as Protection in models.proto says; 0: the default."""
+
+    max_requests: int = 0
+    error_percent: int = 0
+    min_requests: int = 0
+    latency_s: float = 0.0
+    no_breaker: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model; `weights` are (version, percent), `previous` the versions that a rollback would give traffic,
     `shadow` a version that gets `shadow_percent` of the requests as copies, or 0."""
@@ -126,6 +137,7 @@ class Model:
     aliases: Mapping[str, int] = field(default_factory=dict)
     placement: Placement = Placement()
     shadow_percent: int = 100
+    protection: Protection = Protection()
 
     @property
     def traffic(self) -> int:
@@ -398,4 +410,15 @@ def to_model(record: models_pb2.Model) -> Model:
         dict(record.traffic.aliases),
         Placement(dict(placement.labels), placement.replicas, tuple(placement.keep)),
         record.traffic.shadow_percent or 100,
+        protection=_protection(record.policy.protection),
+    )
+
+
+def _protection(record: models_pb2.Protection) -> Protection:
+    return Protection(
+        record.max_requests,
+        record.breaker_error_percent,
+        record.breaker_min_requests,
+        record.breaker_latency.ToNanoseconds() / 1e9,
+        record.breaker_off,
     )

@@ -238,6 +238,13 @@ class BackendUnavailable(LingquError):
     retry_after_s: float | None = 1.0
 
 
+class BreakerOpen(BackendUnavailable):
+    """Too many requests to the model have failed or taken too long; it is given time."""
+
+    reason = "BREAKER_OPEN"
+    retry_after_s = 2.0
+
+
 class OutcomeUnknown(LingquError):
     """A change was sent and not confirmed: it may have been made."""
 

@@ -48,6 +48,14 @@ def bootstrap(node_id: str, control: str, admin: str, heap_bytes: int = HEAP_BYT
             "cds_config": {"ads": {}, "resource_api_version": "V3"},
             "lds_config": {"ads": {}, "resource_api_version": "V3"},
         },
+        # What became of requests, for breakers.
+        "cluster_manager": {
+            "load_stats_config": {
+                "api_type": "GRPC",
+                "transport_api_version": "V3",
+                "grpc_services": [{"envoy_grpc": {"cluster_name": "ads"}}],
+            }
+        },
         "static_resources": {
             "clusters": [
                 {

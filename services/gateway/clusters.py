@@ -33,7 +33,7 @@ def backends(target: Target) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def discovered(name: str, affinity: str = "none") -> dict[str, Any]:
+def discovered(name: str, affinity: str = "none", max_requests: int = 0) -> dict[str, Any]:
     """A cluster whose endpoints come by EDS: HTTP/2, or HTTP/1.1 for REST, which uvicorn serves. Without
     affinity, requests go to the replica with the fewest in progress."""
     return {
@@ -41,6 +41,7 @@ def discovered(name: str, affinity: str = "none") -> dict[str, Any]:
         "type": "EDS",
         "eds_cluster_config": {"eds_config": ADS},
         "outlier_detection": protection.OUTLIERS,
+        "circuit_breakers": protection.circuit_breakers(max_requests),
         # Whoever does not answer is left out as long as one does; when none does, the checks may be wrong.
         "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
         **(_LEAST_REQUESTS if affinity == "none" or name.startswith("tensor/") else _BY_HASH),
@@ -93,6 +94,7 @@ def fixed(name: str, address: str) -> dict[str, Any]:
         "name": name,
         "type": "STRICT_DNS",
         "load_assignment": endpoints(name, (address,)),
+        "circuit_breakers": protection.circuit_breakers(),
         **_CONNECTIONS,
     }
 
@@ -124,7 +126,6 @@ _BY_HASH: dict[str, Any] = {
 
 _CONNECTIONS: dict[str, Any] = {
     "connect_timeout": "1s",
-    "circuit_breakers": protection.circuit_breakers(),
     "typed_extension_protocol_options": {
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
             "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",

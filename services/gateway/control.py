@@ -18,6 +18,7 @@ from services.core.discovery import Model, Registry, Replica, Watched
 from services.core.tasks import background
 from services.gateway.ads import Rejection, Snapshots
 from services.gateway.figures import REFUSED, Figures
+from services.gateway.judge import Judge
 from services.gateway.listener import Entry
 from services.gateway.progress import NOTHING, Progress, progress
 from services.gateway.resources import Refused
@@ -76,6 +77,7 @@ class ControlPlane:
         self._confirmed = NOTHING
         self._asked = asyncio.Event()
         self.snapshots = Snapshots()
+        self.judge = Judge(changed)
         self._view = View((), ())
         self.figures.gauge(
             REFUSED, lambda: len(self.snapshots.current.refused) if self.snapshots.current else 0
@@ -95,7 +97,12 @@ class ControlPlane:
         return tuple(sorted(self._gateways.items.values(), key=lambda g: g.id))
 
     def watches(self) -> AbstractAsyncContextManager[None]:
-        return background(*(watched.run() for watched in self._watches), self._follow(), self._catch_up())
+        return background(
+            *(watched.run() for watched in self._watches),
+            self._follow(),
+            self._catch_up(),
+            self.judge.run(),
+        )
 
     def nack(self, kind: str) -> None:
         """An Envoy refuses something."""
@@ -144,13 +151,14 @@ class ControlPlane:
         who = access(self._access.items.values())
         for follower in self._followers:
             follower.follow(who)
-        return view(
+        seen = view(
             self._replicas.items.values(),
             self._models.items.values(),
             who,
             gateways=self.gateways,
             limiters=self._limits.addresses,
         )
+        return self.judge.applied(seen)
 
     async def _make(self, now: View) -> None:
         current = self.snapshots.current

@@ -18,7 +18,7 @@ from services.core.errors import (
     Unauthenticated,
 )
 from services.core.rest import MAX_BODY_BYTES
-from services.gateway import edge, filters, replies
+from services.gateway import breakers, edge, filters, replies
 from services.gateway.clusters import ADS, TRACES, socket_address
 from services.gateway.filters.authentication import Issuer
 from services.gateway.filters.global_limits import UNREACHABLE
@@ -111,6 +111,7 @@ def _mappers() -> list[dict[str, Any]]:
         403: filters.access.OTHER_DENIAL,
         502: BackendUnavailable("a replica answered with what is no answer; try again"),
         503: BackendUnavailable("no replica can answer at the moment; try again"),
+        breakers.REFUSED: breakers.REFUSAL,
     }
     only_rest = {
         404: NotFound("there is no such path on this port"),

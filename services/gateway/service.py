@@ -15,6 +15,7 @@ from services.core.identity import Caller
 from services.core.interceptors import Context
 from services.gateway.accounts import Accounts
 from services.gateway.ads import DataPlane
+from services.gateway.breakers import Breaker, Phase
 from services.gateway.control import ControlPlane
 from services.gateway.issuers import Issuers
 from services.gateway.keys import TTL_DEFAULT_S, PublicKey
@@ -108,6 +109,7 @@ class Gateway(GatewayServiceServicer):
                     percent=target.percent,
                     text_endpoints=target.text_endpoints,
                     tensor_endpoints=target.tensor_endpoints,
+                    breaker=_breaker(self._control.judge.breakers.of(target.model, target.version)),
                 )
                 for target in view.targets
             ],
@@ -171,3 +173,12 @@ def _data_plane(plane: DataPlane) -> pb.DataPlane:
         ],
         ahead=plane.ahead,
     )
+
+
+def _breaker(of: Breaker) -> pb.Breaker:
+    states = {
+        Phase.CLOSED: pb.Breaker.STATE_CLOSED,
+        Phase.OPEN: pb.Breaker.STATE_OPEN,
+        Phase.HALF_OPEN: pb.Breaker.STATE_HALF_OPEN,
+    }
+    return pb.Breaker(state=states[of.phase], reason=of.reason)

@@ -203,7 +203,7 @@ def _clusters(view: View, entry: Entry) -> Iterator[tuple[dict[str, Any], tuple[
     shadows = {(model.name, model.shadow) for model in view.models if model.shadow and model.weights}
     for target in (*view.targets, *view.named):
         for name, addresses in clusters.backends(target).items():
-            yield clusters.discovered(name, target.affinity), addresses
+            yield clusters.discovered(name, target.affinity, target.max_requests), addresses
             if (target.model, target.version) in shadows:
                 appending = versions.appending(target.version) if name.startswith("tensor/") else None
                 yield clusters.shadow(name, appending), addresses

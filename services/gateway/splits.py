@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from services.core.discovery import Model
+from services.gateway import breakers
 from services.gateway.clusters import SHADOW
 from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
 from services.gateway.filters import model, versions
@@ -41,13 +42,16 @@ def branch(service: str, known: Model | None, targets: Sequence[Target]) -> dict
     asked = {str(number): target for number, target in numbers.items()}
     asked |= {name: numbers[number] for name, number in aliases.items() if number in numbers}
     mirrors = _mirrors(service, known, numbers)
-    shares = [(_route(service, target, mirrors), target.percent) for target in targets if target.percent]
+    weighted = [target for target in targets if target.percent]
+    got, refused = breakers.shares((target.percent, target.admits) for target in weighted)
+    shares = [(_route(service, t, mirrors), share) for t, share in zip(weighted, got, strict=True)]
+    shares = [entry for entry in (*shares, (_REFUSED, refused)) if entry[1]]
     named = {name: action(_named(service, target)) for name, target in sorted(asked.items())}
     otherwise = _split(shares)
     if KINDS[service] == "tensor":
         # Their messages say it already: no script has to.
         own = {
-            str(number): action(_route(service, replace(t, pinned=False), []))
+            str(number): action(_route(service, replace(t, pinned=False), []) if t.admits else _REFUSED)
             for number, t in numbers.items()
         }
         otherwise = versions.by_message(own, _UNSERVED, otherwise)
@@ -95,7 +99,7 @@ def _split(shares: Sequence[tuple[dict[str, Any], int]]) -> dict[str, Any]:
 def _named(service: str, target: Target) -> dict[str, Any]:
     """The route of requests that ask for the version. They are not copied: a shadow is compared with the
     traffic that it might take over."""
-    return _route(service, target, [], pinned=True)
+    return _route(service, target, [], pinned=True) if target.admits else _REFUSED
 
 
 def _route(
@@ -147,6 +151,8 @@ def _mirrors(service: str, known: Model | None, numbers: Mapping[int, Target]) -
     ]
 
 
+# A breaker is open: the listener's mappers make the answer of it.
+_REFUSED: dict[str, Any] = {"direct_response": {"status": breakers.REFUSED}}
 # A script answers, since the answer names the version.
 _UNSERVED = action(
     {"direct_response": {"status": 404}, "typed_per_filter_config": model.script(model.UNSERVED)}
@@ -173,7 +179,8 @@ RETRIES = {
             },
         }
     ],
-    "host_selection_retry_max_attempts": 5,
+    # Slow start chooses by turns that are due; those of busy replicas may be far ahead.
+    "host_selection_retry_max_attempts": 50,
 }
 REST_RETRIES = {
     **RETRIES,

@@ -23,7 +23,8 @@ class Target:
     """A version that requests may go to. `percent` is its share of those that ask for no version. `pinned`:
     another version of it may be loaded in the same Tritons and has the higher number, which Triton would take
     for a request that names no version. `affinity`: what keeps requests on one replica, "prefix", "session"
-    or "none"."""
+    or "none". `admits`: how many of 100 requests its breaker lets through. `max_requests`: how many a gateway
+    may have in progress, 0 for the default."""
 
     model: str
     version: int
@@ -34,6 +35,8 @@ class Target:
     percent: int = 100
     rest_endpoints: tuple[str, ...] = ()
     affinity: str = "none"
+    admits: int = 100
+    max_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,4 +138,5 @@ def _target(model: Model, version: Version, percent: int, ready: list[Replica]) 
         percent,
         _endpoints(ready, "http"),
         affinity if affinity in ("prefix", "session") else "none",
+        max_requests=model.protection.max_requests,
     )

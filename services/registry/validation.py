@@ -190,6 +190,11 @@ def policy(value: models_pb2.Policy) -> models_pb2.Policy:
     for index, threshold in enumerate(value.thresholds):
         _bounds(f"policy.thresholds[{index}]", threshold)
     patterns("policy.releasers", value.releasers)
+    if value.protection.breaker_error_percent > 100:
+        raise InvalidInput("policy.protection.breaker_error_percent", "at most 100")
+    latency = value.protection.breaker_latency
+    if value.protection.HasField("breaker_latency") and not 0 < latency.ToNanoseconds() <= 3600 * 10**9:
+        raise InvalidInput("policy.protection.breaker_latency", "more than nothing, at most an hour")
     return value
 
 

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from lingqu.inference.v1 import inference_pb2 as pb
-from services.core.discovery import VersionKey
+from services.core.discovery import Protection, VersionKey
 from tests.planes import STREAM, Backend, Plane, hosting, model, plane, raw_server
 from tests.waiting import until
 
@@ -37,7 +37,7 @@ async def backends() -> AsyncIterator[list[Backend]]:
 
 async def shown(gate: Plane, *addresses: str) -> None:
     replicas = [hosting(f"r{n}", address, M) for n, address in enumerate(addresses)]
-    await gate.show(replicas, [model("m", 100)])
+    await gate.show(replicas, [model("m", 100, protection=Protection(no_breaker=True))])
 
 
 async def test_one_of_three_dies_under_load_and_no_request_fails(
@@ -88,7 +88,7 @@ async def test_garbage_and_silence(gate: Plane, backends: list[Backend], others:
         await shown(gate, garbled, *(backend.address for backend in backends[:others]))
         answers = await (await gate.caller("c")).ask_often("m", 20)
     if others:
-        assert {answer.code for answer in answers} == {OK}
+        assert not [answer for answer in answers if not answer.ok]
         return
     for answer in answers:
         assert answer.code is UNAVAILABLE
@@ -119,10 +119,11 @@ async def test_one_that_hangs_costs_its_callers_their_deadline_and_nobody_else(
     n = VersionKey("n", 1)
     replicas = [hosting("r0", backends[0].address, M), hosting("r1", backends[1].address, n)]
     await gate.show(replicas, [model("m", 100), model("n", 100)])
-    caller, began = await gate.caller("c"), time.monotonic()
-    hung = [asyncio.ensure_future(caller.ask("m", timeout_s=0.5)) for _ in range(50)]
+    caller = await gate.caller("c")
+    hung = [asyncio.ensure_future(caller.ask("m", timeout_s=2)) for _ in range(50)]
+    await until(lambda: backends[0].busy == 50, "all are at the backend")
     assert {answer.code for answer in await caller.ask_often("n", 50)} == {OK}
-    assert time.monotonic() - began < 0.5
+    assert not any(task.done() for task in hung)
     assert {answer.code for answer in await asyncio.gather(*hung)} == {grpc.StatusCode.DEADLINE_EXCEEDED}
     await until(lambda: backends[0].busy == 0, "nothing is computed for those who have left")
 

@@ -11,11 +11,11 @@ import httpx2 as httpx
 import pytest
 
 from services.core.access import Access, Client, Limits, SharedLimits
-from services.core.discovery import VersionKey
+from services.core.discovery import Protection, VersionKey
 from tests.planes import Backend, Caller, Plane, hosting, model, plane
 from tests.waiting import until
 
-MODELS = [model("m", 100), model("n", 100)]
+MODELS = [model(name, 100, protection=Protection(no_breaker=True)) for name in ("m", "n")]
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

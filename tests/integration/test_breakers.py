@@ -1,0 +1,159 @@
+"""Breakers with a real Envoy that reports what became of requests: they open, refuse at once, and close again
+by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import grpc
+import httpx2 as httpx
+import pytest
+
+from services.core.discovery import Protection, VersionKey
+from services.gateway import breakers
+from services.gateway.breakers import Phase
+from tests.planes import Backend, Caller, Plane, hosting, model, plane
+from tests.waiting import until
+
+OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
+ONE, TWO = VersionKey("m", 1), VersionKey("m", 2)
+
+
+@pytest.fixture(scope="module")
+async def gate(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plane]:
+    async with plane(tmp_path_factory.mktemp("breakers")) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breakers, "HOLD_S", 0.5)
+
+
+@pytest.fixture
+async def backends() -> AsyncIterator[list[Backend]]:
+    made = [Backend(), Backend()]
+    for backend in made:
+        await backend.start()
+    yield made
+    for backend in made:
+        await backend.stop()
+
+
+async def fail(context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    await context.abort(grpc.StatusCode.INTERNAL, "broken")
+
+
+def phase(gate: Plane, version: int = 1) -> Phase:
+    return gate.judge.breakers.of("m", version).phase
+
+
+async def opens(gate: Plane, caller: Caller, version: int = 1) -> None:
+    async def asked() -> bool:
+        await caller.ask_often("m", 30)
+        return phase(gate, version) is Phase.OPEN
+
+    await until(asked, "the breaker opens")
+
+
+async def test_it_opens_refuses_at_once_and_closes_by_itself(gate: Plane, backends: list[Backend]) -> None:
+    await gate.show([hosting("r", backends[0].address, ONE)], [model("m", 100)])
+    caller = await gate.caller("c")
+    backends[0].before = fail
+    await opens(gate, caller)
+    refused = await until(lambda: _refused(caller), "requests are refused")
+    assert refused.code is UNAVAILABLE
+    assert refused.details["ErrorInfo"].reason == "BREAKER_OPEN"
+    assert refused.details["RetryInfo"].retry_delay.seconds == 2
+    asked, began = backends[0].asked, time.monotonic()
+    answers = await caller.ask_often("m", 100)
+    took = time.monotonic() - began
+    if phase(gate) is Phase.OPEN:
+        assert {answer.details["ErrorInfo"].reason for answer in answers} == {"BREAKER_OPEN"}
+        assert backends[0].asked == asked
+        assert took < 1
+    async with httpx.AsyncClient(base_url=f"http://{gate.entry.listen}", trust_env=False) as client:
+        client.headers["authorization"] = f"Bearer {caller.key}"
+        rest = await client.post("/v1/chat/completions", json={"model": "m"})
+    assert rest.status_code == 503
+    assert rest.headers["retry-after"] == "2"
+    assert rest.json()["error"]["type"] == "api_error"
+
+    backends[0].before = None
+    await until(lambda: _all_ok(caller), "it closes when requests succeed")
+    assert phase(gate) is Phase.CLOSED
+
+
+async def _refused(caller: Caller):  # type: ignore[no-untyped-def]
+    answer = await caller.ask("m", timeout_s=0.5)
+    return answer if "ErrorInfo" in answer.details else None
+
+
+async def _all_ok(caller: Caller) -> bool:
+    return all(answer.ok for answer in await caller.ask_often("m", 20))
+
+
+async def test_a_bad_version_leaves_its_share_to_the_good_one(gate: Plane, backends: list[Backend]) -> None:
+    replicas = [hosting("r1", backends[0].address, ONE), hosting("r2", backends[1].address, TWO)]
+    await gate.show(replicas, [model("m", 50, 50)])
+    caller = await gate.caller("c")
+    backends[1].before = fail
+    await opens(gate, caller, version=2)
+    await until(lambda: _all_ok(caller), "all requests go to the other version", every_s=0.01)
+    assert phase(gate, 1) is Phase.CLOSED
+    backends[1].before = None
+
+    async def shared() -> bool:
+        texts = Counter(answer.text for answer in await caller.ask_often("m", 40))
+        return min(texts[backend.address] for backend in backends) > 5
+
+    await until(shared, "the version has its share again")
+
+
+async def test_it_opens_when_requests_hang(gate: Plane, backends: list[Backend]) -> None:
+    async def hang(_: object) -> None:
+        await asyncio.sleep(60)
+
+    protection = Protection(min_requests=10, latency_s=0.3)
+    await gate.show([hosting("r", backends[0].address, ONE)], [model("m", 100, protection=protection)])
+    caller = await gate.caller("c")
+    backends[0].before = hang
+    hung = [asyncio.ensure_future(caller.ask("m", timeout_s=20)) for _ in range(20)]
+    await until(lambda: phase(gate) is Phase.OPEN, "the breaker opens")
+    refused = await until(lambda: _refused(caller), "further requests are refused")
+    assert refused.details["ErrorInfo"].reason == "BREAKER_OPEN"
+    assert "on the average" in gate.judge.breakers.of("m", 1).reason
+    for call in hung:
+        call.cancel()
+
+
+async def test_other_replicas_are_tried_at_once(gate: Plane, backends: list[Backend]) -> None:
+    await gate.show([hosting("r", backends[0].address, ONE)], [model("m", 100)])
+    caller = await gate.caller("c")
+    backends[0].before = fail
+    await opens(gate, caller)
+    await gate.show([hosting("s", backends[1].address, ONE)], [model("m", 100)])
+    assert {answer.code for answer in await caller.ask_often("m", 20)} == {OK}
+
+
+async def test_a_version_has_no_more_in_progress_than_it_may(gate: Plane, backends: list[Backend]) -> None:
+    """A flood is refused at once, told when to come back, and does not harm those who got in."""
+
+    async def work(_: object) -> None:
+        await asyncio.sleep(0.3)
+
+    backends[0].before = work
+    protection = Protection(max_requests=8)
+    await gate.show([hosting("r", backends[0].address, ONE)], [model("m", 100, protection=protection)])
+    caller = await gate.caller("c")
+    answers = await caller.ask_often("m", 200)
+    codes = Counter(answer.code for answer in answers)
+    assert set(codes) == {OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert codes[OK] >= 8
+    assert backends[0].most <= 8
+    refused = next(answer for answer in answers if not answer.ok)
+    assert refused.details["ErrorInfo"].reason == "QUEUE_FULL"
+    assert refused.details["RetryInfo"].retry_delay.seconds == 1
