@@ -15,7 +15,8 @@ from typing import Any
 import grpc
 import httpx2 as httpx
 from envoy.service.discovery.v3 import ads_pb2_grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from envoy.service.health.v3 import hds_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc.service_pb2_grpc import (
     GRPCInferenceServiceServicer,
@@ -34,6 +35,7 @@ from lingqu.inference.v1.inference_pb2_grpc import (
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
 from services.gateway.ads import Ads, Snapshots
 from services.gateway.bootstrap import bootstrap
+from services.gateway.hds import HealthDiscovery
 from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
 from services.gateway.snapshot import snapshot
@@ -53,6 +55,16 @@ class Seen:
     model: str
     version: str
     headers: Mapping[str, str]
+
+
+class _Health(health_pb2_grpc.HealthServicer):
+    state = "serving"
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        if self.state == "hung":
+            await asyncio.Event().wait()
+        status = health_pb2.HealthCheckResponse
+        return status(status=status.SERVING if self.state == "serving" else status.NOT_SERVING)
 
 
 @dataclass
@@ -76,7 +88,7 @@ class FakeReplica(InferenceServiceServicer, GRPCInferenceServiceServicer):
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[FakeReplica]:
         async with AsyncExitStack() as stack:
-            self._health = health.aio.HealthServicer()
+            self._health = _Health()
             for protocol, add in (
                 ("grpc", add_InferenceServiceServicer_to_server),
                 ("oip", add_GRPCInferenceServiceServicer_to_server),
@@ -92,9 +104,9 @@ class FakeReplica(InferenceServiceServicer, GRPCInferenceServiceServicer):
             stack.callback(rest.close)
             yield self
 
-    async def healthy(self, well: bool = True) -> None:
-        status = health_pb2.HealthCheckResponse
-        await self._health.set("", status.SERVING if well else status.NOT_SERVING)
+    def healthy(self, state: str = "serving") -> None:
+        """What it answers who asks for its health: "serving", "not serving", or nothing: "hung"."""
+        self._health.state = state
 
     async def _answer(self, path: str, model: str, version: str, headers: Mapping[str, str]) -> None:
         self.seen.append(Seen(path, model, version, headers))
@@ -165,8 +177,6 @@ class FakeReplica(InferenceServiceServicer, GRPCInferenceServiceServicer):
 async def replicas(*names: str) -> AsyncIterator[list[FakeReplica]]:
     async with AsyncExitStack() as stack:
         found = [await stack.enter_async_context(FakeReplica(name).serving()) for name in names]
-        for replica in found:
-            await replica.healthy()
         yield found
 
 
@@ -185,7 +195,15 @@ def model(
 class DataPlane:
     """One Envoy. `publish` returns once it has taken everything."""
 
-    def __init__(self, layout: Layout, keys: KeyRing, snapshots: Snapshots, ads: Ads, entry: Entry) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        keys: KeyRing,
+        snapshots: Snapshots,
+        ads: Ads,
+        entry: Entry,
+        health: HealthDiscovery,
+    ) -> None:
         self.address = entry.listen
         self.admin = layout.address(ENVOY_ADMIN)
         self.key = keys.mint("tester").key
@@ -193,6 +211,7 @@ class DataPlane:
         self._snapshots = snapshots
         self._ads = ads
         self._entry = entry
+        self.health = health
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
         self.channel = grpc.aio.insecure_channel(self.address, options=options)
         self.text: Any = InferenceServiceStub(self.channel)
@@ -205,7 +224,8 @@ class DataPlane:
         await self.channel.close(0)
 
     async def publish(self, replicas: Iterable[Replica], models: Iterable[Model], **more: Any) -> View:
-        now = view(replicas, models, **more)
+        now = view(replicas, models, **{"unhealthy": self.health.unhealthy, **more})
+        self.health.watch(now)
         made = snapshot(now, self._entry)
         await self._snapshots.publish(made)
         await until(lambda: self._synced(made.version), f"Envoy has {made.version}", every_s=0.01)
@@ -234,26 +254,27 @@ class DataPlane:
 
 
 @asynccontextmanager
-async def dataplane(folder: Path, **settings: Any) -> AsyncIterator[DataPlane]:
+async def dataplane(folder: Path, zone: str = "", **settings: Any) -> AsyncIterator[DataPlane]:
     """`settings` are further fields of Entry."""
     layout = Layout(folder, free_offset())
     keys, snapshots = KeyRing.at(folder / "key.pem"), Snapshots()
-    ads = Ads(snapshots)
+    ads, health = Ads(snapshots), HealthDiscovery(asyncio.Event())
     async with AsyncExitStack() as stack:
         server = grpc.aio.server()
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(ads, server)
+        hds_pb2_grpc.add_HealthDiscoveryServiceServicer_to_server(health, server)
         control = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         stack.push_async_callback(server.stop, 0)
         entry = Entry(layout.address(PUBLIC), control, keys.jwks(), **settings)
         config = folder / "bootstrap.json"
-        config.write_text(json.dumps(bootstrap("test", control, layout.address(ENVOY_ADMIN))))
+        config.write_text(json.dumps(bootstrap("test", control, layout.address(ENVOY_ADMIN), zone=zone)))
         process = await asyncio.create_subprocess_exec(
             envoy(layout).argv[0], "-c", str(config), "--disable-hot-restart", "--concurrency", "1",
             "--log-level", "warn",
         )  # fmt: skip
         try:
-            plane = DataPlane(layout, keys, snapshots, ads, entry)
+            plane = DataPlane(layout, keys, snapshots, ads, entry, health)
             await plane.publish([], [])
             await until(lambda: _listens(entry.listen), "Envoy listens", every_s=0.02)
             yield plane

@@ -68,13 +68,15 @@ class Hosted:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A live instance. `endpoints` maps a protocol to "host:port"."""
+    """A live instance. `endpoints` maps a protocol to "host:port"; one that is `draining` gets no new
+    requests."""
 
     id: str
     service: str
     endpoints: Mapping[str, str] = field(default_factory=dict)
     models: tuple[Hosted, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +360,8 @@ def to_replica(record: instances_pb2.Instance) -> Replica:
         Hosted(VersionKey(m.model, m.version), m.state, m.detail, m.will_retry, m.progress)
         for m in record.models
     )
-    return Replica(record.id, record.service, dict(record.endpoints), hosted, dict(record.labels))
+    endpoints, labels = dict(record.endpoints), dict(record.labels)
+    return Replica(record.id, record.service, endpoints, hosted, labels, record.draining)
 
 
 def to_instance(replica: Replica) -> instances_pb2.Instance:

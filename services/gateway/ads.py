@@ -21,6 +21,7 @@ from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 from services.core.errors import BackendUnavailable
 from services.core.interceptors import Context
 from services.gateway import xds
+from services.gateway.locality import near
 from services.gateway.progress import NOTHING, label, parsed
 from services.gateway.snapshot import Snapshot
 
@@ -53,6 +54,14 @@ class DataPlane:
     synced: str = ""  # newest version of which it has accepted everything
     rejections: dict[tuple[str, str], Rejection] = field(default_factory=dict)
     ahead: bool = False  # it has seen more of the registry than we have
+    zone: str = ""
+    admin: str = ""  # "host:port" of its admin interface, on its own machine
+
+    def introduced(self, node: Any) -> None:
+        """It says who it is in its first request only."""
+        self.node_id = node.id or self.node_id
+        self.zone = node.locality.zone or self.zone
+        self.admin = node.metadata.fields["admin"].string_value if node.id else self.admin
 
 
 class Snapshots:
@@ -278,7 +287,8 @@ class Stream:
             resource = snapshot.found[kind][name]
             subscription.sent[name] = resource.version
             sent = response.resources.add(name=name, version=label(resource.version, snapshot.at))
-            sent.resource.type_url, sent.resource.value = kind, resource.packed
+            packed = near(resource.packed, self._plane.zone) if kind == xds.ENDPOINTS else resource.packed
+            sent.resource.type_url, sent.resource.value = kind, packed
         for name in gone:
             if subscription.wants(name) and name in subscription.names:
                 subscription.sent[name] = ""
@@ -317,7 +327,7 @@ class Ads(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc
         try:
             async for request in turns(request_iterator, self._snapshots, wait_s):
                 if request is not None:
-                    plane.node_id = request.node.id or plane.node_id
+                    plane.introduced(request.node)
                     stream.on_request(request)
                 if self._snapshots.current is not None:
                     for response in stream.responses(self._snapshots.current):

@@ -13,6 +13,7 @@ from typing import Literal
 
 import grpc
 from envoy.service.discovery.v3 import ads_pb2_grpc
+from envoy.service.health.v3 import hds_pb2_grpc
 from envoy.service.load_stats.v3 import lrs_pb2_grpc
 from grpc_health.v1 import health_pb2
 from pydantic import Field
@@ -119,6 +120,7 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
         server = grpc.aio.server(interceptors=layers, options=SERVER_OPTIONS)
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(ads, server)
         lrs_pb2_grpc.add_LoadReportingServiceServicer_to_server(control.judge.loads, server)
+        hds_pb2_grpc.add_HealthDiscoveryServiceServicer_to_server(control.health, server)
         gateway = Gateway(issuers, accounts, control, ads.planes.values)
         add_GatewayServiceServicer_to_server(gateway, server)
         await stack.enter_async_context(issuers.watching())

@@ -28,15 +28,23 @@ _CONNECTIONS = "envoy.resource_monitors.global_downstream_max_connections"
 _EXPENSIVE_BYTES_LOG2 = 18
 
 
-def bootstrap(node_id: str, control: str, admin: str, heap_bytes: int = HEAP_BYTES) -> dict[str, Any]:
+def bootstrap(
+    node_id: str, control: str, admin: str, heap_bytes: int = HEAP_BYTES, zone: str = ""
+) -> dict[str, Any]:
     """To be written as JSON and given to `envoy -c`. `control` and `admin` are "host:port"; of control planes
     there may be several, separated by commas: Envoy keeps to one that is healthy. The admin interface has no
-    authentication and must be on loopback (ValueError otherwise). `heap_bytes`: what Envoy may allocate."""
+    authentication and must be on loopback (ValueError otherwise). `heap_bytes`: what Envoy may allocate.
+    `zone`: that of the replicas that are to be asked first."""
     host = admin.rpartition(":")[0].strip("[]")
     if host != "localhost" and not ip_address(host).is_loopback:
         raise ValueError(f"Envoy's admin interface would be open to others on {admin}")
     return {
-        "node": {"id": node_id, "cluster": "lingqu"},
+        "node": {
+            "id": node_id,
+            "cluster": "lingqu",
+            "metadata": {"admin": admin},
+            **({"locality": {"zone": zone}} if zone else {}),
+        },
         "overload_manager": _overload(heap_bytes),
         "admin": {"address": socket_address(admin)},
         "dynamic_resources": {
@@ -55,6 +63,12 @@ def bootstrap(node_id: str, control: str, admin: str, heap_bytes: int = HEAP_BYT
                 "transport_api_version": "V3",
                 "grpc_services": [{"envoy_grpc": {"cluster_name": "ads"}}],
             }
+        },
+        # Which replicas are to be asked for their health, and what they say.
+        "hds_config": {
+            "api_type": "GRPC",
+            "transport_api_version": "V3",
+            "grpc_services": [{"envoy_grpc": {"cluster_name": "ads"}}],
         },
         "static_resources": {
             "clusters": [

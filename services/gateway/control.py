@@ -18,6 +18,7 @@ from services.core.discovery import Model, Registry, Replica, Watched
 from services.core.tasks import background
 from services.gateway.ads import Rejection, Snapshots
 from services.gateway.figures import REFUSED, Figures
+from services.gateway.hds import HealthDiscovery
 from services.gateway.judge import Judge
 from services.gateway.listener import Entry
 from services.gateway.progress import NOTHING, Progress, progress
@@ -73,6 +74,7 @@ class ControlPlane:
         self._gateways: Watched[Replica] = registry.watched_replicas(SERVICE, self.changed)
         self._models: Watched[Model] = registry.watched_models(self.changed)
         self._access: Watched[Record] = watched_access(registry, self.changed)
+        self.health = HealthDiscovery(self.changed)
         self._builder = Builder()
         self._confirmed = NOTHING
         self._asked = asyncio.Event()
@@ -155,6 +157,7 @@ class ControlPlane:
             self._replicas.items.values(),
             self._models.items.values(),
             who,
+            self.health.unhealthy,
             gateways=self.gateways,
             limiters=self._limits.addresses,
         )
@@ -168,6 +171,7 @@ class ControlPlane:
             log.error("no snapshot can be made, the last one holds: %s", err)  # noqa: TRY400 - it says all
             return
         self._view = now
+        self.health.watch(now)
         known = current.refused if current else {}
         for what, why in made.refused.items():
             if known.get(what) != why:

@@ -45,8 +45,8 @@ class View:
     API, all models by name, and who may call them.
 
     `named` are the targets without traffic that requests may ask for; `zones` has the zone of an endpoint
-    that has one, `unhealthy` those that do not answer; `gateways` are the control planes,
-    `limiters` those that can be asked for limits."""
+    that has one, `unhealthy` those that do not answer. `gateways` are the control planes, `limiters` those
+    that can be asked for limits. `texts` are the text APIs; `replicas` are all, also those that drain."""
 
     targets: tuple[Target, ...]
     tritons: tuple[str, ...]
@@ -58,6 +58,8 @@ class View:
     unhealthy: frozenset[str] = frozenset()
     gateways: tuple[str, ...] = ()
     limiters: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    replicas: tuple[Replica, ...] = ()
 
 
 def view(
@@ -69,8 +71,11 @@ def view(
     limiters: Iterable[str] = (),
 ) -> View:
     """A model without traffic has no target; one whose replicas are all away has some without endpoints.
-    Names and addresses that Envoy would refuse are as good as none."""
-    alive = sorted(replicas, key=lambda r: r.id)
+
+    Names and addresses that Envoy would refuse are as good as none. `unhealthy` are endpoints that do not
+    answer; a Triton takes its whole replica with it."""
+    known_replicas = tuple(sorted(replicas, key=lambda r: r.id))
+    alive = [r for r in known_replicas if not r.draining]
     ready: dict[VersionKey, list[Replica]] = defaultdict(list)
     for replica in alive:
         for hosted in replica.models:
@@ -102,10 +107,24 @@ def view(
         access or Access(),
         tuple(named),
         {address: r.labels[ZONE] for r in alive if r.labels.get(ZONE) for address in r.endpoints.values()},
-        frozenset(unhealthy),
+        _with_company(alive, frozenset(unhealthy)),
         _endpoints(sorted(gateways, key=lambda g: g.id), "grpc"),
         tuple(limiters),
+        _endpoints(alive, "grpc"),
+        known_replicas,
     )
+
+
+def _with_company(replicas: Iterable[Replica], unhealthy: frozenset[str]) -> frozenset[str]:
+    """REST is served by the process of the text API, and nothing is served without Triton."""
+    found: set[str] = set()
+    for replica in replicas if unhealthy else ():
+        at = replica.endpoints
+        if at.get("oip") in unhealthy:
+            found.update(at.values())
+        elif at.get("grpc") in unhealthy:
+            found.update(address for kind, address in at.items() if kind in ("grpc", "http"))
+    return frozenset(found)
 
 
 def _endpoints(replicas: Iterable[Replica], protocol: str) -> tuple[str, ...]:

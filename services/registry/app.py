@@ -80,7 +80,7 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
             options=list(OPTIONS.items()),
         )
         instances_pb2_grpc.add_RegistryServiceServicer_to_server(
-            Instances(etcd, mirror, leases, renewals), server
+            Instances(etcd, mirror, leases, renewals, callers), server
         )
         models_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         rollouts = Rollouts(catalog, conductor, callers)

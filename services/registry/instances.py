@@ -10,9 +10,17 @@ from google.protobuf.duration_pb2 import Duration
 
 from lingqu.registry.v1 import instances_pb2 as pb
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceServicer
-from services.core.errors import AlreadyExists, BackendUnavailable, Conflict, InvalidInput, LeaseExpired
+from services.core.errors import (
+    AlreadyExists,
+    BackendUnavailable,
+    Conflict,
+    InvalidInput,
+    LeaseExpired,
+    NotFound,
+)
 from services.core.interceptors import Context
 from services.registry import validation
+from services.registry.callers import AdmittedCallers
 from services.registry.etcd import Etcd, Put, Record, Unchanged
 from services.registry.keyspace import INSTANCES
 from services.registry.leases import Leases
@@ -24,8 +32,11 @@ REGISTER_TRIES = 4
 
 
 class Instances(RegistryServiceServicer):
-    def __init__(self, etcd: Etcd, mirror: Mirror, leases: Leases, renewals: Renewals) -> None:
+    def __init__(
+        self, etcd: Etcd, mirror: Mirror, leases: Leases, renewals: Renewals, callers: AdmittedCallers
+    ) -> None:
         self._etcd = etcd
+        self._callers = callers
         self._mirror = mirror
         self._leases = leases
         self._renewals = renewals
@@ -40,10 +51,13 @@ class Instances(RegistryServiceServicer):
         ttl = validation.ttl_s(request.ttl if request.HasField("ttl") else None)
         if request.lease_id < 0:
             raise InvalidInput("lease_id", "is one that RegisterInstance returned, or 0")
-        key, value = INSTANCES + instance.id, instance.SerializeToString()
+        key = INSTANCES + instance.id
         known = self._mirror.get(key)
         for _ in range(REGISTER_TRIES):
             lease = await self._lease(known, request.lease_id, ttl)
+            same = known is not None and known.lease == lease
+            instance.draining = same and known is not None and pb.Instance.FromString(known.value).draining
+            value = instance.SerializeToString()
             only_if = [Unchanged(key, known.mod_revision if known else 0)]
             with contextlib.suppress(LeaseExpired):  # just now; then its record is gone as well
                 if revision := await self._etcd.commit([Put(key, value, lease)], only_if):
@@ -97,6 +111,25 @@ class Instances(RegistryServiceServicer):
                 await self._mirror.reached(revision)
                 return pb.DeregisterInstanceResponse()
         raise Conflict(f'"{request.id}" is being registered by others at the same time; try again')
+
+    async def DrainInstance(
+        self, request: pb.DrainInstanceRequest, context: Context
+    ) -> pb.DrainInstanceResponse:
+        self._callers.check_admin(context.invocation_metadata(), "drain instances")
+        key = INSTANCES + validation.instance_id("id", request.id)
+        for _ in range(REGISTER_TRIES):
+            known = await self._etcd.get(key)
+            if known is None:
+                raise NotFound(f'there is no instance "{request.id}"; `lingqu instances` lists them')
+            instance = pb.Instance.FromString(known.value)
+            if instance.draining != request.undo:
+                return pb.DrainInstanceResponse(instance=instance)
+            instance.draining = not request.undo
+            put = Put(key, instance.SerializeToString(), known.lease)
+            if revision := await self._etcd.commit([put], [Unchanged(key, known.mod_revision)]):
+                await self._mirror.reached(revision)
+                return pb.DrainInstanceResponse(instance=instance)
+        raise Conflict(f'"{request.id}" is being changed by others at the same time; try again')
 
     async def ListInstances(
         self, request: pb.ListInstancesRequest, context: Context

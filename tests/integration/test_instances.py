@@ -377,3 +377,24 @@ async def test_a_commit_whose_answer_is_lost_is_a_success_if_it_was_made(etcd_se
     with pytest.raises(OutcomeUnknown):  # the key is not as it was, and not as we wrote it
         await etcd.commit([Put("/a", b"2")], [Unchanged("/a", 0)])
     await etcd.close()
+
+
+async def test_a_drained_instance_stays_so_until_it_is_undone_or_starts_anew(registry: Registry) -> None:
+    async def draining() -> bool:
+        answer = await registry.instances.ListInstances(pb.ListInstancesRequest(), timeout=5)
+        return bool(answer.instances[0].draining)
+
+    lease = await register(registry)
+    for _ in range(2):  # once more changes nothing
+        await registry.instances.DrainInstance(pb.DrainInstanceRequest(id="i1"), timeout=5)
+        assert await draining()
+    claimed = pb.Instance(id="i1", service="inference", endpoints={"grpc": "127.0.0.1:2"})
+    assert await register(registry, claimed, lease=lease) == lease
+    assert await draining()  # a replica tells of its models as before
+    await registry.instances.DrainInstance(pb.DrainInstanceRequest(id="i1", undo=True), timeout=5)
+    assert not await draining()
+    await registry.instances.DrainInstance(pb.DrainInstanceRequest(id="i1"), timeout=5)
+    await register(registry)  # another process
+    assert not await draining()
+    error = await refused(registry.instances.DrainInstance(pb.DrainInstanceRequest(id="nobody"), timeout=5))
+    assert error.code == grpc.StatusCode.NOT_FOUND
