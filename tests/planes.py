@@ -116,12 +116,13 @@ class Caller:
         self.key = key
         self.channel = grpc.aio.insecure_channel(address, options=[("grpc.enable_retries", 0)])
 
-    def call(self, model: str, timeout_s: float = 10.0) -> Any:
+    def call(self, model: str, timeout_s: float = 10.0, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         method = self.channel.unary_unary(
             GENERATE, pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
         )
         request = pb.GenerateRequest(model=model, prompt="x")
-        return method(request, metadata=(("authorization", f"Bearer {self.key}"),), timeout=timeout_s)
+        authorization = ("authorization", f"Bearer {self.key}")
+        return method(request, metadata=(authorization, *metadata), timeout=timeout_s)
 
     async def ask(self, model: str, timeout_s: float = 10.0) -> Answer:
         call = self.call(model, timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -22,6 +23,17 @@ LIMITS = {
     "tokens_per_day": "tok/day",
 }
 Client = Annotated[str, typer.Argument(help="Name of the client, as in its keys.")]
+
+
+class Urgency(enum.StrEnum):
+    """In the order of Client.Priority."""
+
+    any = "any"
+    interactive = "interactive"
+    normal = "normal"
+    batch = "batch"
+
+
 Limit = Annotated[int | None, typer.Option(help="0: no limit.", min=0)]
 
 
@@ -49,6 +61,8 @@ def show(context: typer.Context, name: Client, output: Output = Format.table) ->
     state = "  [red]disabled: none of its keys works[/red]" if client.disabled else ""
     out.print(f"[bold]{escape(client.name)}[/bold]{state}")
     rows = [("models", ", ".join(client.models) or "none"), ("limits", described(client.limits) or "none")]
+    if client.max_priority:
+        rows.append(("most urgent", list(Urgency)[client.max_priority].value))
     rows += [(f"limits of {m.models}", described(m.limits) or "none") for m in client.model_limits]
     rows += [(f"label {key}", value) for key, value in sorted(client.labels.items())]
     for title, text in rows:
@@ -68,6 +82,9 @@ def set_(
     concurrent_requests: Limit = None,
     tokens_per_minute: Limit = None,
     tokens_per_day: Limit = None,
+    max_priority: Annotated[
+        Urgency | None, typer.Option(help="The most urgent class of its requests; any: no bound.")
+    ] = None,
     disabled: Annotated[bool | None, typer.Option(help="Refuse all its keys.")] = None,
     output: Output = Format.table,
 ) -> None:
@@ -86,6 +103,8 @@ def set_(
     for field, value in given.items():
         if value is not None:
             setattr(client.limits, field, value)
+    if max_priority is not None:
+        client.max_priority = list(Urgency).index(max_priority)
     if disabled is not None:
         client.disabled = disabled
     request = access_pb2.SetClientRequest(client=client, expected_revision=client.revision)

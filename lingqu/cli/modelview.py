@@ -133,6 +133,8 @@ def policy(of: models_pb2.Policy) -> str:
 
 def protection(of: models_pb2.Protection) -> list[str]:
     parts = [f"at most {of.max_requests:,} requests in progress"] if of.max_requests else []
+    if of.fallback_model:
+        parts.append(f"else {of.fallback_model}")
     if of.breaker_off:
         return [*parts, "no breaker"]
     opens = [f"{of.breaker_error_percent} % failures"] if of.breaker_error_percent else []

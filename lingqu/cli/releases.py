@@ -157,6 +157,9 @@ def policy(
     breaker_latency: Annotated[
         float | None, typer.Option(help="Mean seconds that open it; 0: no bound.", min=0)
     ] = None,
+    fallback: Annotated[
+        str | None, typer.Option(help="Model that answers while this one cannot; '' for none.")
+    ] = None,
     output: Output = Format.table,
 ) -> None:
     """Look at what a model's releases have to satisfy and how gateways protect it, or change it; what is not
@@ -175,13 +178,14 @@ def policy(
         changed.releasers[:] = [text for text in releaser if text]
     if require_golden is not None:
         changed.require_golden = require_golden
-    numbers = {
+    given = {
         "max_requests": max_requests,
         "breaker_error_percent": breaker_errors,
         "breaker_min_requests": breaker_requests,
+        "fallback_model": fallback,
         "breaker_off": None if breaker is None else not breaker,
     }
-    for field, value in numbers.items():
+    for field, value in given.items():
         if value is not None:
             setattr(changed.protection, field, value)
     if breaker_latency is not None:

@@ -29,13 +29,15 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Client:
     """Somebody with keys. `models` are names in which '*' stands for any text; `model_limits` are (models,
-    limits of each of them by itself), of which the first that fits counts."""
+    limits of each of them by itself), of which the first that fits counts. `max_priority` is the most urgent
+    class of its requests, as inference numbers them; 0: any."""
 
     name: str
     models: tuple[str, ...] = ()
     limits: Limits = Limits()
     model_limits: tuple[tuple[str, Limits], ...] = ()
     disabled: bool = False
+    max_priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ def to_client(record: access_pb2.Client) -> Client:
         _limits(record.limits),
         tuple((entry.models, _limits(entry.limits)) for entry in record.model_limits),
         record.disabled,
+        record.max_priority,
     )
 
 

@@ -117,13 +117,15 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """How gateways protect a model's replicas, as Protection in models.proto says; 0: the default."""
+    """How gateways protect a model's replicas, as Protection in models.proto says; 0: the default.
+    `fallback`: a model, or empty."""
 
     max_requests: int = 0
     error_percent: int = 0
     min_requests: int = 0
     latency_s: float = 0.0
     no_breaker: bool = False
+    fallback: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,4 +426,5 @@ def _protection(record: models_pb2.Protection) -> Protection:
         record.breaker_min_requests,
         record.breaker_latency.ToNanoseconds() / 1e9,
         record.breaker_off,
+        record.fallback_model,
     )

@@ -9,6 +9,10 @@ KEY_HEADER = "x-lingqu-key"
 KEY_MODELS_HEADER = "x-lingqu-key-models"
 # On copies for a shadow version, whose answers nobody sees.
 SHADOW_HEADER = "x-lingqu-shadow"
+# The model that answers in place of the one that was asked for; on answers, too.
+FALLBACK_HEADER = "x-lingqu-fallback"
+# The most urgent class that the client's requests may have.
+MAX_PRIORITY_HEADER = "x-lingqu-max-priority"
 # Equal for prompts with the same beginning.
 PREFIX_HEADER = "x-lingqu-prefix"
 OWN_HEADERS = (
@@ -19,6 +23,8 @@ OWN_HEADERS = (
     KEY_MODELS_HEADER,
     SHADOW_HEADER,
     PREFIX_HEADER,
+    FALLBACK_HEADER,
+    MAX_PRIORITY_HEADER,
 )
 
 # A client's: the number or name of the version it wants, and what its requests have in common.

@@ -116,7 +116,11 @@ def _models(service: str, view: View) -> dict[str, Any]:
         if KINDS[service] == "tensor" or target.task != "tensor":
             targets.setdefault(target.model, []).append(target)
     models = {model.name: model for model in view.models}
-    return {name: branch(service, models.get(name), found) for name, found in sorted(targets.items())}
+    spares = {name: targets.get(model.protection.fallback, ()) for name, model in models.items()}
+    return {
+        name: branch(service, models.get(name), found, spares.get(name, ()))
+        for name, found in sorted(targets.items())
+    }
 
 
 def _rest(known: dict[str, Any]) -> dict[str, Any]:

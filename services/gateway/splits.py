@@ -12,6 +12,7 @@ from services.gateway.clusters import SHADOW
 from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
 from services.gateway.filters import model, versions
 from services.gateway.headers import (
+    FALLBACK_HEADER,
     MODEL_HEADER,
     PREFIX_HEADER,
     SESSION_HEADER,
@@ -34,9 +35,11 @@ UNBOUNDED = {
 }
 
 
-def branch(service: str, known: Model | None, targets: Sequence[Target]) -> dict[str, Any]:
+def branch(
+    service: str, known: Model | None, targets: Sequence[Target], spare: Sequence[Target] = ()
+) -> dict[str, Any]:
     """What is done with the requests of one model: those that ask for a version get that one, or are refused;
-    the others are split by share."""
+    the others are split by share. `spare` are those of the model that answers when none of them can."""
     numbers = {target.version: target for target in targets}
     aliases = {} if known is None else known.aliases
     asked = {str(number): target for number, target in numbers.items()}
@@ -45,7 +48,10 @@ def branch(service: str, known: Model | None, targets: Sequence[Target]) -> dict
     weighted = [target for target in targets if target.percent]
     got, refused = breakers.shares((target.percent, target.admits) for target in weighted)
     shares = [(_route(service, t, mirrors), share) for t, share in zip(weighted, got, strict=True)]
-    shares = [entry for entry in (*shares, (_REFUSED, refused)) if entry[1]]
+    fallback = _fallback(service, targets, spare)
+    if fallback and not any(_able(service, target) for target in weighted):
+        shares, refused = [], 100
+    shares = [entry for entry in (*shares, (fallback or _REFUSED, refused)) if entry[1]]
     named = {name: action(_named(service, target)) for name, target in sorted(asked.items())}
     otherwise = _split(shares)
     if KINDS[service] == "tensor":
@@ -94,6 +100,27 @@ def _split(shares: Sequence[tuple[dict[str, Any], int]]) -> dict[str, Any]:
         routes.append({**route, "match": match})
     config = {"@type": "type.googleapis.com/envoy.config.route.v3.RouteList", "routes": routes}
     return {"action": {"name": "split", "typed_config": config}}
+
+
+def _fallback(service: str, targets: Sequence[Target], spare: Sequence[Target]) -> dict[str, Any] | None:
+    """The route to another model, whose name goes with the request and with its answer. Tensors mean
+    something to their own model only."""
+    able = [t for t in spare if t.percent and t.admits == 100 and _able(service, t)]
+    if KINDS[service] == "tensor" or not able:
+        return None
+    best = max(able, key=lambda target: target.percent)
+    route = _route(service, best, [])
+    told = {VERSION_HEADER: str(best.version), MODEL_HEADER: targets[0].model, FALLBACK_HEADER: best.model}
+    return {
+        **route,
+        "request_headers_to_add": added(told),
+        "response_headers_to_add": added({FALLBACK_HEADER: best.model}),
+    }
+
+
+def _able(service: str, target: Target) -> bool:
+    kinds = {"text": target.text_endpoints, "tensor": target.tensor_endpoints, "rest": target.rest_endpoints}
+    return bool(kinds[KINDS[service]])
 
 
 def _named(service: str, target: Target) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from envoy.extensions.filters.http.cors.v3 import cors_pb2  # noqa: F401
 from envoy.extensions.filters.http.grpc_field_extraction.v3 import config_pb2 as extraction_pb2  # noqa: F401
 from envoy.extensions.filters.http.grpc_json_transcoder.v3 import transcoder_pb2  # noqa: F401
 from envoy.extensions.filters.http.grpc_web.v3 import grpc_web_pb2  # noqa: F401
+from envoy.extensions.filters.http.header_mutation.v3 import (
+    header_mutation_pb2 as http_mutation_pb2,  # noqa: F401
+)
 from envoy.extensions.filters.http.json_to_metadata.v3 import (
     json_to_metadata_pb2,  # noqa: F401
 )

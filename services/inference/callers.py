@@ -13,6 +13,9 @@ from services.core.interceptors import Context
 CLIENT_HEADER = "x-lingqu-client"
 MODEL_HEADER = "x-lingqu-model"
 VERSION_HEADER = "x-lingqu-model-version"
+# The model that the gateway has answer in place of the one that was asked for.
+FALLBACK_HEADER = "x-lingqu-fallback"
+MAX_PRIORITY_HEADER = "x-lingqu-max-priority"
 
 
 class Priority(IntEnum):
@@ -39,14 +42,28 @@ class Caller:
 
 
 def caller(context: Context, priority: int) -> Caller:
-    """The caller of an RPC. An unknown priority is the normal one, as an unset one is."""
+    """The caller of an RPC. An unknown priority is the normal one, as an unset one is; the gateway may say
+    how urgent the client's requests are at most."""
     metadata: Mapping[str, object] = dict(context.invocation_metadata() or ())
     left = context.time_remaining()
     return Caller(
         client=str(metadata.get(CLIENT_HEADER, ""))[:128],
-        priority=Priority(priority) if priority in Priority.__members__.values() else Priority.NORMAL,
+        priority=capped(
+            Priority(priority) if priority in Priority.__members__.values() else Priority.NORMAL, metadata
+        ),
         deadline=None if left is None else time.monotonic() + left,
     )
+
+
+def capped(priority: Priority, headers: Mapping[str, object]) -> Priority:
+    """No more urgent than the gateway says."""
+    most = str(headers.get(MAX_PRIORITY_HEADER, ""))
+    return max(priority, Priority(int(most))) if most in ("1", "2", "3") else priority
+
+
+def answering(name: str, headers: Mapping[str, object]) -> str:
+    """The model that answers a request for `name`: that one, unless the gateway says another."""
+    return str(headers.get(FALLBACK_HEADER) or name)
 
 
 def routed_version(name: str, headers: Mapping[str, object]) -> str:

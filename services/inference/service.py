@@ -13,7 +13,7 @@ from services.core.interceptors import Context
 from services.inference import convert, convert_tasks
 from services.inference.admission import Admission
 from services.inference.agent import Served, TensorModel
-from services.inference.callers import caller
+from services.inference.callers import answering, caller
 from services.inference.classifier import ClassifierModel
 from services.inference.generation import Generation
 from services.inference.questions import AnswerModel
@@ -118,4 +118,4 @@ class Inference(InferenceServiceServicer):
     def _routed(self, name: str, context: Context) -> Served:
         """The gateway says which version; without its word the registry's traffic decides."""
         metadata = dict(context.invocation_metadata() or ())
-        return self._routing.model(name, str(metadata.get(VERSION_HEADER, "")))
+        return self._routing.model(answering(name, metadata), str(metadata.get(VERSION_HEADER, "")))

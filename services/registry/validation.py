@@ -192,6 +192,8 @@ def policy(value: models_pb2.Policy) -> models_pb2.Policy:
     patterns("policy.releasers", value.releasers)
     if value.protection.breaker_error_percent > 100:
         raise InvalidInput("policy.protection.breaker_error_percent", "at most 100")
+    if value.protection.fallback_model:
+        model_name("policy.protection.fallback_model", value.protection.fallback_model)
     latency = value.protection.breaker_latency
     if value.protection.HasField("breaker_latency") and not 0 < latency.ToNanoseconds() <= 3600 * 10**9:
         raise InvalidInput("policy.protection.breaker_latency", "more than nothing, at most an hour")

@@ -157,3 +157,37 @@ async def test_a_version_has_no_more_in_progress_than_it_may(gate: Plane, backen
     refused = next(answer for answer in answers if not answer.ok)
     assert refused.details["ErrorInfo"].reason == "QUEUE_FULL"
     assert refused.details["RetryInfo"].retry_delay.seconds == 1
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_another_model_answers_when_all_else_is_open(
+    gate: Plane, backends: list[Backend], away: bool
+) -> None:
+    """Whether replicas fail or there are none: the answer says which model it is of."""
+    spare = hosting("s", backends[1].address, VersionKey("spare", 1))
+    models = [model("m", 100, protection=Protection(fallback="spare")), model("spare", 100)]
+    replicas = [hosting("r", backends[0].address, ONE), spare]
+    await gate.show(replicas, models)
+    caller = await gate.caller("c")
+    first = await caller.ask("m")
+    assert first.text == backends[0].address
+    assert "x-lingqu-fallback" not in first.headers
+    assert "x-lingqu-fallback" not in backends[0].headers
+    if away:
+        await gate.show([spare], models)
+    else:
+        backends[0].before = fail
+        await opens(gate, caller)
+
+    async def other() -> bool:
+        answer = await caller.ask("m")
+        return answer.ok and answer.headers.get("x-lingqu-fallback") == "spare"
+
+    await until(other, "the other model answers")
+    told = backends[1].headers
+    assert (told["x-lingqu-fallback"], told["x-lingqu-model-version"]) == ("spare", "1")
+    if away:
+        backends[1].before = fail
+        assert (await caller.ask("m")).code is grpc.StatusCode.INTERNAL
+        await gate.show([], models)
+        assert (await caller.ask("m")).details["ErrorInfo"].reason == "BACKEND_UNAVAILABLE"

@@ -210,3 +210,13 @@ async def test_limits_change_under_load_and_routes_change_without_them(gate: Pla
     assert codes[grpc.StatusCode.OK] <= 1 + 300 + 2 + 40 + 10
     await limited(gate, backend)
     assert counted(await caller.ask_often("m", 20)) == {grpc.StatusCode.OK: 20}
+
+
+async def test_how_urgent_a_client_may_be_is_told_to_inference(gate: Plane, backend: Backend) -> None:
+    await limited(gate, backend, Client("c", ("*",), max_priority=3), Client("d", ("*",)))
+    for name, most in (("c", "3"), ("d", None)):
+        caller = await gate.caller(name)
+        call = caller.call("m", metadata=(("x-lingqu-max-priority", "1"), ("x-lingqu-fallback", "n")))
+        assert (await call).text == backend.address
+        assert backend.headers.get("x-lingqu-max-priority") == most
+        assert "x-lingqu-fallback" not in backend.headers

@@ -1,5 +1,5 @@
 """Limits that each Envoy enforces by itself, without asking anyone: requests per second and per minute where
-their scope is local, and requests in progress.
+their scope is local, requests in progress, and how urgent a request may be.
 
 Who has limits passes through filters of its own, chosen by its name; all others pay for one look-up. A rate
 is a token bucket of `local_ratelimit`. Requests in progress are counted by `adaptive_concurrency`, held at a
@@ -21,7 +21,7 @@ from services.core.patterns import matches
 from services.gateway import replies
 from services.gateway.filters.chain import by_header, chosen, typed
 from services.gateway.filters.model import by_any_model
-from services.gateway.headers import CLIENT_HEADER
+from services.gateway.headers import CLIENT_HEADER, MAX_PRIORITY_HEADER
 from services.gateway.view import View
 
 CLIENTS, MODELS = "local-limits-of-clients", "local-limits-of-models"
@@ -70,7 +70,8 @@ def _of_client(client: Client, models: tuple[str, ...]) -> list[dict[str, Any]]:
     }
     found = {model: chain for model, chain in chains.items() if chain}
     single = [chosen("of-one-model", by_any_model, found, named=True)] if found else []
-    return [*single, *_chain(client.limits, "client", may)]
+    capped = [_capped(client.max_priority)] if client.max_priority else []
+    return [*capped, *single, *_chain(client.limits, "client", may)]
 
 
 def _chain(limits: Limits, of: str, may: str) -> list[dict[str, Any]]:
@@ -85,6 +86,16 @@ def _chain(limits: Limits, of: str, may: str) -> list[dict[str, Any]]:
         if number and limits.local
     ]
     return chain
+
+
+def _capped(priority: int) -> dict[str, Any]:
+    """Inference reads how urgent a request is, and makes it no more urgent than this."""
+    header = {"header": {"key": MAX_PRIORITY_HEADER, "value": str(priority)}}
+    mutations = {"request_mutations": [{"append": header}]}
+    return {
+        "name": "priority",
+        "typed_config": typed("header_mutation.v3.HeaderMutation", {"mutations": mutations}),
+    }
 
 
 def _at_once(number: int, of: str) -> dict[str, Any]:

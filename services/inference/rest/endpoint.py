@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from services.core.errors import DeadlinePassed, InvalidInput, LingquError, MessageTooLarge
 from services.core.rest import MAX_BODY_BYTES, to_http
-from services.inference.callers import CLIENT_HEADER, Caller, Priority
+from services.inference.callers import CLIENT_HEADER, Caller, Priority, capped
 from services.inference.rest import sse
 from services.inference.rest.answers import Answer, Whole
 
@@ -47,7 +47,7 @@ class Asked:
         if seconds is not None:
             deadline = time.monotonic() + seconds
             self.limit.reschedule(asyncio.get_running_loop().time() + seconds)
-        return Caller(self.headers.get(CLIENT_HEADER, "")[:128], priority, deadline)
+        return Caller(self.headers.get(CLIENT_HEADER, "")[:128], capped(priority, self.headers), deadline)
 
     def _seconds(self, *, stream: bool) -> float | None:
         if (given := self.headers.get(TIMEOUT_HEADER)) is not None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from services.core.errors import WrongTask
 from services.inference.admission import Admission
-from services.inference.callers import Caller, routed_version
+from services.inference.callers import Caller, answering, routed_version
 from services.inference.routing import Routing
 from services.inference.text import Delta, GenerateJob, TextModel
 from services.inference.vectors import VectorModel, Vectors
@@ -43,14 +43,14 @@ class Models:
 
     def text(self, name: str, headers: Mapping[str, str]) -> TextModel:
         """Raises what Routing.model raises, InvalidInput, and WrongTask."""
-        model = self.routing.model(name, routed_version(name, headers))
+        model = self.routing.model(answering(name, headers), routed_version(name, headers))
         if not isinstance(model, TextModel):
             raise WrongTask("model", f'"{name}" generates no text')
         return model
 
     def vector(self, name: str, headers: Mapping[str, str]) -> VectorModel:
         """Raises what Routing.model raises, InvalidInput, and WrongTask."""
-        model = self.routing.model(name, routed_version(name, headers))
+        model = self.routing.model(answering(name, headers), routed_version(name, headers))
         if not isinstance(model, VectorModel):
             raise WrongTask("model", f'"{name}" makes no vectors')
         return model
