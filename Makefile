@@ -9,7 +9,7 @@ STUBS  := $(VENV)/.stubs
 MODELS := $(VENV)/.models
 PROTOS := $(shell find protos -name '*.proto')
 
-.PHONY: up test check fix bench bench-gateway bench-inference bench-registry soak clean install
+.PHONY: up test check fix bench bench-gateway bench-inference bench-limits bench-registry soak clean install
 
 up: install $(MODELS)                        ## start the whole suite; Ctrl-C stops it
 	@exec $(BIN)/lingqu up $(ARGS)
@@ -37,6 +37,9 @@ bench-gateway: install $(MODELS)             ## what the entry costs, policy by 
 bench-inference: install $(MODELS)           ## generation, vectors, caches, held streams; peers that are installed
 	@$(PIP) install -q -c constraints.txt 'sentence-transformers>=5,<6'
 	$(BIN)/python -m bench text vectors held peers $(ARGS)
+
+bench-limits: install                        ## decisions, latency and exactness of global limits under kills
+	$(BIN)/python -m bench.limits $(ARGS)
 
 bench-registry: install                      ## watchers, listing, keep-alives, memory, latency of the registry
 	$(BIN)/python -m bench.registry $(ARGS)

@@ -22,11 +22,13 @@ from deploy.local import layout as at
 from deploy.local import parts
 from deploy.local.layout import Layout
 from deploy.local.part import Part, Running, grpc_ready
-from lingqu.registry.v1 import access_pb2, instances_pb2, models_pb2
+from lingqu.registry.v1 import access_pb2, instances_pb2, ledger_pb2, models_pb2
 from lingqu.registry.v1.access_pb2_grpc import AccessServiceStub
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
+from lingqu.registry.v1.ledger_pb2_grpc import LedgerServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
 from services.core.lifecycle import CHANNEL_OPTIONS
+from services.gateway.headers import ADMITTED_HEADER
 from services.gateway.keys import KeyRing
 
 MODEL = "echo"
@@ -37,9 +39,13 @@ NUMBER = "x-request-number"
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
+    """`admitted`: when the limiter has let it pass, 0 if it was not asked; times in seconds, that of the
+    limiter by CLOCK_BOOTTIME to the millisecond."""
+
     client: str
     number: str
     at: float
+    admitted: float
 
 
 class Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -54,7 +60,10 @@ class Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _infer(self, request: bytes, context: Any) -> bytes:
         sent = dict(context.invocation_metadata())
-        self.arrivals.append(Arrival(sent["x-lingqu-client"], sent.get(NUMBER, ""), time.monotonic()))
+        admitted = int(sent.get(ADMITTED_HEADER, 0)) / 1000
+        self.arrivals.append(
+            Arrival(sent["x-lingqu-client"], sent.get(NUMBER, ""), time.monotonic(), admitted)
+        )
         return self._answer
 
 
@@ -65,6 +74,11 @@ class Process:
         self._part = part
         self._logs = logs
         self._running: Running | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._running is not None, f"{self._part.name} does not run"
+        return self._running.pid
 
     async def start(self) -> None:
         self._running = await Running.start(self._part, self._logs)
@@ -124,6 +138,7 @@ class Fleet:
         self.access: Any = AccessServiceStub(self._channel)
         self._instances: Any = RegistryServiceStub(self._channel)
         self._models: Any = ModelServiceStub(self._channel)
+        self._ledger: Any = LedgerServiceStub(self._channel)
 
     async def close(self) -> None:
         await asyncio.gather(*(gateway.stop() for gateway in self.gateways))
@@ -137,6 +152,15 @@ class Fleet:
     async def limit_model(self, **limits: int) -> None:
         record = access_pb2.SharedLimits(model=MODEL, limits=access_pb2.Limits(**limits))  # type: ignore[arg-type]
         await self.access.SetSharedLimits(access_pb2.SetSharedLimitsRequest(shared_limits=record), timeout=5)
+
+    async def owner(self, shard: int) -> str:
+        """Where the owner of a shard of limits answers; empty if there is none."""
+        call = self._ledger.WatchShards(ledger_pb2.WatchShardsRequest(), timeout=5)
+        try:
+            snapshot = await call.read()
+            return next((str(o.address) for o in snapshot.owners if o.shard == shard), "")
+        finally:
+            call.cancel()
 
     async def serve(self, backend: str) -> None:
         """The model with all its traffic to the backend."""
@@ -167,6 +191,7 @@ class Fleet:
             "LINGQU_REGISTRY": self.layout.address(at.REGISTRY),
             "LINGQU_SIGNING_KEY": str(self.state / "signing.pem"),
             "LINGQU_GRACE_S": "0.2",
+            "LINGQU_LIMITS_TELL": "true",
             **env,
         }
         control = Part(

@@ -4,6 +4,8 @@ window may have, and less than it could have had."""
 from __future__ import annotations
 
 import asyncio
+import random
+import signal
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -13,16 +15,17 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from bench.fleet import Caller, Fleet
+from bench.fleet import Arrival, Caller, Fleet
 
 UNITS_S = {"requests_per_second": 1.0, "requests_per_minute": 60.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Of one limit of one client over the whole load. `most`: admitted requests that were surely decided
-    within one window, since they were sent after its begin and had arrived before its end; `seen`: the most
-    that arrived at the backend within one; `passed` of `possible` were let through."""
+    """Of one limit of one client over the whole load: the `most` that were admitted within one window, by the
+    owners' clock, which is one clock on this machine; the most that arrived at the backend within one,
+    `seen`, which differs by how long they travel; and how many `passed`, where a limiter that knows
+    everything at once would have let `possible` pass."""
 
     client: str
     limit: int
@@ -30,17 +33,17 @@ class Finding:
     most: int
     seen: int
     passed: int
-    possible: float
+    possible: int
 
     @property
     def underuse(self) -> float:
-        return max(0.0, 1 - self.passed / self.possible)
+        return max(0.0, 1 - self.passed / max(1, self.possible))
 
     def __str__(self) -> str:
         return (
             f"{self.client}: {self.limit} in {self.window_s:g} s; "
-            f"most {self.most} (at the backend {self.seen}); "
-            f"{self.passed} of {self.possible:.0f} passed, under-use {self.underuse:.1%}"
+            f"most {self.most} (arrived {self.seen}); "
+            f"{self.passed} of {self.possible} passed, under-use {self.underuse:.1%}"
         )
 
 
@@ -80,32 +83,20 @@ class Load:
                 await caller.close()
 
     def findings(self) -> list[Finding]:
-        sent = {
-            number: at for caller in self._callers for number, at in caller.sent.items() if at >= self.begun
-        }
-        arrived: dict[str, float] = {}
+        first: dict[str, Arrival] = {}
         for arrival in self.fleet.backend.arrivals:  # what Envoy repeats is one request
-            arrived.setdefault(arrival.number, arrival.at)
-        found, took_s = [], self.ended - self.begun
+            if arrival.admitted and arrival.at >= self.begun:
+                first.setdefault(arrival.number, arrival)
+        found = []
         for client, limits in self.clients.items():
-            mine = sorted(
-                (at, arrived[n]) for n, at in sent.items() if n in arrived and n.startswith(f"{client}-")
-            )
-            # A window that is not over yet can be used up all the same.
-            possible = min(n * max(1.0, took_s / UNITS_S[name]) for name, n in limits.items())
+            mine = [arrival for arrival in first.values() if arrival.client == client]
+            asked = [at for c in self._callers if c.client == client for at in c.sent.values()]
+            possible = ideal([at for at in asked if at >= self.begun], limits)
             for name, limit in limits.items():
                 window_s = UNITS_S[name]
-                found.append(
-                    Finding(
-                        client,
-                        limit,
-                        window_s,
-                        most_decided(mine, window_s),
-                        most_seen([at for _, at in mine], window_s),
-                        len(mine),
-                        possible,
-                    )
-                )
+                most = most_within([arrival.admitted for arrival in mine], window_s)
+                seen = most_within([arrival.at for arrival in mine], window_s)
+                found.append(Finding(client, limit, window_s, most, seen, len(mine), possible))
         return found
 
     async def _until_known(self, caller: Caller) -> None:
@@ -124,17 +115,35 @@ class Load:
             await asyncio.sleep(self.pause_s)
 
 
-def most_decided(requests: list[tuple[float, float]], window_s: float) -> int:
-    """Of (sent, arrived), sorted: the most that lie within one window as a whole."""
-    most = 0
-    for index, (begin, _) in enumerate(requests):
-        end = begin + window_s
-        inside = requests[index : bisect_left(requests, (end, 0.0))]
-        if len(inside) > most:
-            most = max(most, sum(1 for _, at in inside if at < end))
-    return most
-
-
-def most_seen(times: list[float], window_s: float) -> int:
+def most_within(times: list[float], window_s: float) -> int:
+    """The most in any half-open window of that length."""
     times = sorted(times)
     return max((bisect_left(times, at + window_s) - index for index, at in enumerate(times)), default=0)
+
+
+def ideal(times: list[float], limits: Mapping[str, int]) -> int:
+    """How many of these requests a limiter would let pass that knows everything at once."""
+    passed: list[float] = []
+    for at in sorted(times):
+        used = ((bisect_left(passed, at - UNITS_S[name]), limit) for name, limit in limits.items())
+        if all(len(passed) - before < limit for before, limit in used):
+            passed.append(at)
+    return len(passed)
+
+
+async def trouble(fleet: Fleet, seconds: float, chance: random.Random) -> None:
+    """kill -9 of control planes and Envoys, which are started again, and control planes that stop and go
+    on."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        gateway = chance.choice(fleet.gateways)
+        process = chance.choice([gateway.control, gateway.control, gateway.envoy])
+        if process is gateway.control and chance.random() < 0.4:
+            process.signal(signal.SIGSTOP)
+            await asyncio.sleep(chance.uniform(0.5, 8))
+            process.signal(signal.SIGCONT)
+        else:
+            await process.kill()
+            await asyncio.sleep(chance.uniform(0.1, 4))
+            await process.start()
+        await asyncio.sleep(chance.uniform(0.5, 6))

@@ -71,6 +71,8 @@ class GatewaySettings(Settings):
     """What becomes of a request if nobody says in time whether it is within its global limits."""
     limits_timeout_s: float = Field(default=0.05, gt=0, le=5)
     """How long it waits for that."""
+    limits_tell: bool = False
+    """Whether backends are told when a request was admitted (x-lingqu-admitted): to check limits by."""
     limits_lease_s: int = Field(default=3, ge=2, le=60)
     """How long after a control plane was lost others keep its part of the global limits closed."""
     issuers: ProvidersFile = ()
@@ -125,7 +127,7 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
         add_GatewayServiceServicer_to_server(gateway, server)
         await stack.enter_async_context(issuers.watching())
         await stack.enter_async_context(control.watches())
-        limits.add_to(server)
+        limits.add_to(server, tells=cfg.limits_tell)
         # Health and reflection of the public port are answered here, for the services behind it.
         public = [TEXT_SERVICE, TENSOR_SERVICE, GATEWAY_SERVICE]
         checks = await stack.enter_async_context(serving(server, cfg.gateway_listen, public, cfg.grace_s))

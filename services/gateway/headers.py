@@ -15,6 +15,8 @@ FALLBACK_HEADER = "x-lingqu-fallback"
 MAX_PRIORITY_HEADER = "x-lingqu-max-priority"
 # Equal for prompts with the same beginning.
 PREFIX_HEADER = "x-lingqu-prefix"
+# When the limiter has let a request pass, where it tells that.
+ADMITTED_HEADER = "x-lingqu-admitted"
 OWN_HEADERS = (
     CLIENT_HEADER,
     MODEL_HEADER,
@@ -25,6 +27,7 @@ OWN_HEADERS = (
     PREFIX_HEADER,
     FALLBACK_HEADER,
     MAX_PRIORITY_HEADER,
+    ADMITTED_HEADER,
 )
 
 # A client's: the number or name of the version it wants, and what its requests have in common.

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from bench.fleet import Caller, fleet
-from bench.limit_load import Load
+from bench.limit_load import Load, trouble
 from tests.conftest import free_offset
 from tests.waiting import until
 
@@ -52,23 +52,10 @@ async def test_no_window_has_too_much_while_control_planes_die_and_stop(tmp_path
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_four_gateways_with_random_kills_and_partitions(tmp_path: Path, seed: int) -> None:
     """Three minutes of kill -9 of control planes and Envoys, and of control planes that stop and go on."""
-    chance = random.Random(seed)
     async with fleet(tmp_path, free_offset, [{"LINGQU_LIMITS_FAIL": "closed"}] * 4) as made:
         load = Load(made, CLIENTS)
         async with load.running():
-            ends = time.monotonic() + 180
-            while time.monotonic() < ends:
-                gateway = chance.choice(made.gateways)
-                process = chance.choice([gateway.control, gateway.control, gateway.envoy])
-                if process is gateway.control and chance.random() < 0.4:
-                    process.signal(signal.SIGSTOP)
-                    await asyncio.sleep(chance.uniform(0.5, 8))
-                    process.signal(signal.SIGCONT)
-                else:
-                    await process.kill()
-                    await asyncio.sleep(chance.uniform(0.1, 4))
-                    await process.start()
-                await asyncio.sleep(chance.uniform(0.5, 6))
+            await trouble(made, 180, random.Random(seed))
         check(load)
 
 

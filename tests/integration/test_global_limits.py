@@ -126,3 +126,24 @@ async def test_tokens_that_were_reported_stop_further_requests(two: Fleet) -> No
     error = LingquError(callers[0].refused[-1])
     assert error.retry_after_s is not None
     assert 50 < error.retry_after_s <= 60
+
+
+async def test_a_control_plane_that_stops_hands_its_part_over_and_nobody_notices(two: Fleet) -> None:
+    names = [f"rolling-{number}" for number in range(6)]  # some of each one's part
+    callers = [(await limited(two, name, requests_per_second=1000))[0] for name in names]
+    codes: Counter[grpc.StatusCode] = Counter()
+
+    async def ask(caller: Caller) -> None:
+        while True:
+            codes[await caller.ask()] += 1
+            await asyncio.sleep(0.01)
+
+    asking = [asyncio.create_task(ask(caller)) for caller in callers]
+    await two.gateways[1].control.stop()
+    await asyncio.sleep(0.3)
+    await two.gateways[1].control.start()
+    await asyncio.sleep(0.5)
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    assert codes.keys() == {OK}, codes

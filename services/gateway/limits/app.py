@@ -51,8 +51,10 @@ class GlobalLimits:
         """Of all control planes that can be asked."""
         return addresses(self._owners.items.values())
 
-    def add_to(self, server: grpc.aio.Server) -> None:
-        rls_pb2_grpc.add_RateLimitServiceServicer_to_server(RateLimits(self._limiter), server)
+    def add_to(self, server: grpc.aio.Server, *, tells: bool) -> None:
+        """`tells`: see RateLimits."""
+        rate_limits = RateLimits(self._limiter, tells=tells)
+        rls_pb2_grpc.add_RateLimitServiceServicer_to_server(rate_limits, server)
         add_LimiterServiceServicer_to_server(Limits(self._limiter), server)
 
     @asynccontextmanager

@@ -13,7 +13,9 @@ from lingqu.gateway.v1.limiter_pb2_grpc import LimiterServiceServicer
 from services.core.errors import InvalidInput, LimitReached, LingquError
 from services.core.interceptors import Context
 from services.gateway import replies
+from services.gateway.filters.global_limits import CLIENT_KEY, MODEL_KEY, TYPE_KEY
 from services.gateway.filters.local_limits import LIMIT_HEADER
+from services.gateway.headers import ADMITTED_HEADER
 from services.gateway.limits.limiter import Limiter
 from services.gateway.limits.peers import NotOwnerError
 from services.gateway.limits.questions import Batch, Question, to_record
@@ -30,17 +32,22 @@ _MOST = 2**32 - 1  # what Envoy can tell
 
 
 class RateLimits(rls_pb2_grpc.RateLimitServiceServicer):  # type: ignore[misc]
-    """Answers for one request: filters/limits.py says what Envoy sends."""
+    """Answers for one request: filters/global_limits.py says what Envoy sends. If it `tells`, the backend
+    learns when the request was admitted, by the owner's steady clock in milliseconds."""
 
-    def __init__(self, limiter: Limiter) -> None:
+    def __init__(self, limiter: Limiter, *, tells: bool = False) -> None:
         self._limiter = limiter
+        self._tells = tells
 
     async def ShouldRateLimit(self, request: Any, context: Context) -> Any:
         found = {entry.key: entry.value for d in request.descriptors for entry in d.entries}
         # What came out of a message is a JSON list; see filters/model.py.
-        model = found.get("model", "").removeprefix('["').removesuffix('"]')
-        verdict = await self._limiter.decide(found.get("client", ""), model, _deadline(context))
-        return _response(verdict, grpc=found.get("type", "").startswith("application/grpc"))
+        model = found.get(MODEL_KEY, "").removeprefix('["').removesuffix('"]')
+        verdict = await self._limiter.decide(found.get(CLIENT_KEY, ""), model, _deadline(context))
+        response = _response(verdict, grpc=found.get(TYPE_KEY, "").startswith("application/grpc"))
+        if self._tells and verdict.admitted:
+            response.request_headers_to_add.add(key=ADMITTED_HEADER, value=str(verdict.admitted))
+        return response
 
 
 class Limits(LimiterServiceServicer):

@@ -29,6 +29,8 @@ MARGIN_S = 0.5
 RENEW_S = 0.5
 # The longest that what is not urgent waits to be written, and that a change of owners goes unseen.
 TURN_S = 0.25
+# Between two tries to write when nobody could be reached.
+PAUSE_S = 0.1
 # A turn is full with so much, and whatever the last shard adds: etcd takes 128 operations and 1.5 MB at once.
 MOST_AT_ONCE = 60
 MOST_BYTES = 500_000
@@ -110,7 +112,8 @@ class Shards:
                 self._fences.clear()
                 continue
             except LingquError as err:
-                log.warning("the session of the limiter was not renewed: %s", err)
+                if self._clock().steady >= self._sure_until:
+                    log.warning("this control plane cannot decide limits: %s", err)
             await asyncio.sleep(RENEW_S)
 
     async def _keep_part(self) -> None:
@@ -168,7 +171,9 @@ class Shards:
             now = self._clock()
             due: dict[int, tuple[int, Writes]] = {}
             count = size = 0
-            await asyncio.gather(*(self._refence(n) for n in self._held if n not in self._fences))
+            unsure = [number for number in self._held if number not in self._fences]
+            if not all(await asyncio.gather(*map(self._refence, unsure))):
+                await asyncio.sleep(PAUSE_S)
             for number, fence in list(self._fences.items()):
                 shard = self._held[number]
                 shard.sweep(now)
@@ -191,7 +196,6 @@ class Shards:
             log.warning("the ledger was not written: %s", err)
             for number in due:
                 self._fences.pop(number, None)
-            await asyncio.sleep(0.05)
             return
         now = self._clock()
         for number, (_, writes) in due.items():
@@ -200,17 +204,19 @@ class Shards:
                 self._fences[number] = fence  # at the end: the others first
                 shards[number].written(writes, now)
 
-    async def _refence(self, number: int) -> None:
-        """After a write of which we do not know what became: it must not come later than the next."""
+    async def _refence(self, number: int) -> bool:
+        """After a write of which we do not know what became: it must not come later than the next. False:
+        this is not known yet."""
         try:
             fence, _ = await self._ledger.take(self._session, self._address, number)
         except Conflict:
             self._held.pop(number, None)
-        except LingquError as err:
-            log.info("shard %d cannot be written: %s", number, err)
+        except LingquError:
+            return False
         else:
             if number in self._held:
                 self._fences[number] = fence
+        return True
 
     def _tell(self) -> None:
         turn, self._turn = self._turn, asyncio.get_running_loop().create_future()
