@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -216,6 +217,16 @@ class Calls:
         answer = await self._client.post(path, content=content)
         body = answer.json()
         return answer.status_code, body["error"]["code"] if "error" in body else ""
+
+    async def status(self, path: str, content: bytes) -> int:
+        return (await self._client.post(path, content=content)).status_code
+
+    async def grpc_web(self, path: str, content: bytes) -> str:
+        """The gRPC status, of the headers or of the trailers in the body."""
+        headers = {"content-type": "application/grpc-web+proto", "x-grpc-web": "1"}
+        answer = await self._client.post(path, content=content, headers=headers)
+        found = re.search(rb"grpc-status: ?(\d+)", answer.content)
+        return answer.headers.get("grpc-status") or (found[1].decode() if found else "")
 
     async def get(self, path: str) -> int:
         return (await self._client.get(path)).status_code

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from lingqu.inference.v1 import inference_pb2 as pb
 from services.core.access import Access, Client, RevokedKey
 from tests.gates import DESCRIBE, GENERATE, INFER, STREAM, Calls, Gate, field_of, gate, signed
 
@@ -143,3 +144,39 @@ async def test_a_closed_suite_serves_only_those_it_knows(tmp_path_factory: pytes
         # Health is open to everybody; nobody answers it here.
         nobody = Calls(closed.address, "")
         assert (await nobody.grpc("/grpc.health.v1.Health/Check", b""))[0] == "UNAVAILABLE"
+
+
+async def test_the_lists_hold_for_json_of_our_own_api_and_for_grpc_web(entry: Gate) -> None:
+    calls = Calls(entry.address, signed(entry.keys, "exact"))
+    body = b'{"prompt": "x"}'
+    for path, status in (
+        ("/v1/models/alone:generate", 200),
+        ("/v1/models/secret:generate", 403),
+        ("/v1/models/secret:generate/../alone:generate", 200),
+        ("/v1/models/alone:generate/../secret:generate", 403),
+        ("/v1/models/s%65cret:generate", 403),
+        ("/v1/models/alone@1:generate", 200),
+        ("/v1/models/secret@1:generate", 403),
+        ("/v1/models/alone:generate?model=secret", 403),
+        ("/v1/models/team-a.one:streamGenerate", 403),
+    ):
+        entry.text.calls.clear()
+        assert await calls.status(path, body) == status, path
+        named = [pb.GenerateRequest.FromString(call.messages[0]).model for call in entry.text.calls]
+        assert set(named) <= {"alone", "alone@1"}, path
+    assert await calls.status("/v1/models/alone:generate", b'{"model": "secret", "prompt": "x"}') == 400
+    for name, code in ((b"alone", "0"), (b"secret", "7")):
+        message = field_of(1, name)
+        framed = b"\0" + len(message).to_bytes(4, "big") + message
+        assert await calls.grpc_web(GENERATE, framed) == code
+
+
+@pytest.mark.parametrize("wish", [b"@1", b"@99", b"@canary", b"@", b"@@", b"@alone"])
+async def test_asking_for_a_version_is_no_way_to_another_model(entry: Gate, wish: bytes) -> None:
+    for key in (signed(entry.keys, "exact"), signed(entry.keys, models="alone")):
+        calls = Calls(entry.address, key)
+        for path in (GENERATE, INFER, STREAM):
+            code, _ = await calls.grpc(path, field_of(1, b"secret" + wish))
+            assert code in ("PERMISSION_DENIED", "INVALID_ARGUMENT"), path
+        assert (await calls.rest(b'{"model": "secret%s"}' % wish))[0] in (400, 403)
+        assert (await calls.grpc(INFER, field_of(1, b"alone@1")))[0] == "OK"
