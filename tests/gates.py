@@ -198,7 +198,7 @@ class Calls:
         self._address = address
         self._metadata = (("authorization", f"Bearer {key}"),)
         self._client = httpx.AsyncClient(
-            base_url=f"http://{address}", trust_env=False, headers=dict(self._metadata)
+            base_url=f"http://{address}", trust_env=False, verify=False, headers=dict(self._metadata)
         )
 
     async def grpc(self, path: str, message: bytes) -> tuple[str, str]:

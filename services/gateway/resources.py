@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
+from envoy.config.core.v3 import extension_pb2
 from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2
+from envoy.extensions.filters.http.rbac.v3 import rbac_pb2
 from google.protobuf.any_pb2 import Any as Any_
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import ParseDict, ParseError
@@ -92,6 +94,8 @@ class Parser:
             return self._routes(body)
         if kind is endpoint_pb2.ClusterLoadAssignment:
             return self._members(body)
+        if kind is extension_pb2.TypedExtensionConfig and "matcher" in body["typed_config"]:
+            return self._access(body)
         return parsed(kind, body)
 
     def _members(self, body: Mapping[str, Any]) -> Any:
@@ -102,6 +106,15 @@ class Parser:
             added.CopyFrom(self._piece(endpoint_components_pb2.LocalityLbEndpoints, bare))
             for member in locality["lb_endpoints"]:
                 added.lb_endpoints.append(self._piece(endpoint_components_pb2.LbEndpoint, member))
+        return made
+
+    def _access(self, body: Mapping[str, Any]) -> Any:
+        """Allow-lists are one resource, too: of a thousand clients, one has changed."""
+        config: Any = rbac_pb2.RBAC()
+        self._matcher(body["typed_config"]["matcher"], config.matcher)
+        made = extension_pb2.TypedExtensionConfig(name=body["name"])
+        made.typed_config.type_url = body["typed_config"]["@type"]
+        made.typed_config.value = config.SerializeToString(deterministic=True)
         return made
 
     def _routes(self, body: Mapping[str, Any]) -> Any:

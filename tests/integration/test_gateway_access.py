@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lingqu.inference.v1 import inference_pb2 as pb
 from services.core.access import Access, Client, RevokedKey
+from services.core.patterns import matches
 from tests.gates import DESCRIBE, GENERATE, INFER, STREAM, Calls, Gate, field_of, gate, signed
 
 MODELS = ("alone", "team-a.one", "team-b.one", "secret")
@@ -122,6 +125,14 @@ async def test_a_key_may_be_for_some_models_only(entry: Gate, models: str, able:
         rest = (200, "") if model in able else (403, "model_not_allowed")
         assert await calls.rest(b'{"model": "%s"}' % name) == rest
     assert await calls.get("/v1/models") == 200
+
+
+@settings(max_examples=40)
+@given(st.lists(st.text("aln*oe", min_size=1, max_size=6), min_size=1, max_size=4))
+async def test_the_models_of_a_key_are_patterns_as_everywhere(entry: Gate, patterns: list[str]) -> None:
+    calls = Calls(entry.address, signed(entry.keys, models=" ".join(patterns)))
+    covered = any(matches(pattern, "alone") for pattern in patterns)
+    assert (await calls.grpc(INFER, field_of(1, b"alone")))[0] == ("OK" if covered else "PERMISSION_DENIED")
 
 
 async def test_a_key_adds_nothing_to_what_its_client_may_call(entry: Gate) -> None:
