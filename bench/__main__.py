@@ -6,18 +6,20 @@ import argparse
 import asyncio
 import sys
 
-from bench import gateway, held, peers, rest, startup, suite, tensor, text, vectors
+from bench import control, gateway, held, peers, rest, startup, suite, tensor, text, vectors
 from bench.report import Target
 
 OFFSET = 1000
+# With parts of their own, not on a running suite.
+ALONE = {"startup": startup.measure, "control": control.measure}
 MEASURES = {"tensor": tensor.measure, "text": text.measure, "vectors": vectors.measure, "held": held.measure}
 MEASURES |= {"gateway": gateway.measure, "rest": rest.measure, "peers": peers.measure}
 
 
 async def main(names: list[str]) -> int:
     targets: list[Target] = []
-    if "startup" in names:
-        targets += await startup.measure(OFFSET)
+    for name in ALONE.keys() & set(names):
+        targets += await ALONE[name](OFFSET)
     measures = {name: MEASURES[name] for name in MEASURES if name in names}
     if measures:
         async with suite.running(OFFSET) as running:
@@ -31,7 +33,7 @@ async def main(names: list[str]) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    choices = ["startup", *MEASURES]
+    choices = [*ALONE, *MEASURES]
     parser.add_argument("names", nargs="*", help=f"of {', '.join(choices)}; none: all")
     names = parser.parse_args().names or choices
     if unknown := set(names) - set(choices):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 
-from services.core.errors import BackendUnavailable
+from services.core.errors import BackendUnavailable, Unimplemented
 from services.core.interceptors import Context
 from services.gateway import xds
 from services.gateway.locality import near
@@ -305,12 +305,21 @@ class Stream:
         return response
 
 
+class Clients(Protocol):
+    """Whoever serves clients that are no Envoys."""
+
+    def serve(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]: ...
+
+
 class Ads(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc]
     """`planes` are the Envoys connected now."""
 
-    def __init__(self, snapshots: Snapshots, heard: Listener | None = None) -> None:
+    def __init__(
+        self, snapshots: Snapshots, heard: Listener | None = None, clients: Clients | None = None
+    ) -> None:
         self._snapshots = snapshots
         self._heard = heard
+        self._clients = clients
         self.planes: dict[int, DataPlane] = {}
 
     async def DeltaAggregatedResources(
@@ -342,6 +351,14 @@ class Ads(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc
                     raise BackendUnavailable("this control plane has not come as far as the data plane")
         finally:
             self.planes.pop(id(plane), None)
+
+    async def StreamAggregatedResources(
+        self, request_iterator: AsyncIterator[Any], context: Context
+    ) -> AsyncIterator[Any]:
+        if self._clients is None:
+            raise Unimplemented("there is incremental discovery only")
+        async for response in self._clients.serve(request_iterator):
+            yield response
 
 
 async def turns(

@@ -33,13 +33,14 @@ from services.gateway.accounts import Accounts
 from services.gateway.ads import Ads
 from services.gateway.control import SERVICE, ControlPlane
 from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
-from services.gateway.figures import BEHIND, DATA_PLANES, Figures
+from services.gateway.figures import BEHIND, CLIENTS, DATA_PLANES, Figures
 from services.gateway.issuers import Issuers
 from services.gateway.keys import KeyRing
 from services.gateway.limits.app import GlobalLimits
 from services.gateway.listener import Entry, Limiting
 from services.gateway.providers import ProvidersFile
 from services.gateway.service import Gateway
+from services.gateway.sotw import Clients
 from services.gateway.view import is_address
 
 GATEWAY_SERVICE = "lingqu.gateway.v1.GatewayService"
@@ -113,7 +114,9 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
         limits = GlobalLimits(registry, cfg.limiter_address or address, cfg.limits_lease_s, changed)
         control = ControlPlane(current_entry, registry, changed, limits, (issuers,), figures)
         accounts = Accounts(registry)
-        ads = Ads(control.snapshots, control)
+        clients = Clients(control.snapshots, lambda: control.state()[1])
+        ads = Ads(control.snapshots, control, clients)
+        figures.gauge(CLIENTS, lambda: clients.connected)
         figures.gauge(DATA_PLANES, lambda: len(ads.planes))
         figures.gauge(
             BEHIND, lambda: sum(plane.synced != control.state()[0] for plane in ads.planes.values())

@@ -10,11 +10,13 @@ from opentelemetry.metrics import CallbackOptions, Meter, NoOpMeterProvider, Obs
 NACKS = "lingqu.gateway.nacks"
 REFUSED = "lingqu.gateway.refused"
 DATA_PLANES = "lingqu.gateway.data_planes"
+CLIENTS = "lingqu.gateway.clients"
 BEHIND = "lingqu.gateway.data_planes.behind"
 
 GAUGES = {
     REFUSED: ("{resource}", "Models and extensions whose newest configuration is held back"),
     DATA_PLANES: ("{data plane}", "Envoys connected to this control plane"),
+    CLIENTS: ("{client}", "gRPC clients that balance by themselves, connected to this control plane"),
     BEHIND: ("{data plane}", "Of these, Envoys that have not accepted the newest configuration"),
 }
 

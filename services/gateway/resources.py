@@ -56,10 +56,14 @@ class Parser:
         self._recent: dict[_Key, _Known] = {}
         self._older: dict[_Key, _Known] = {}
         self._parts: list[_Key] = []
+        self._same: dict[int, tuple[Any, Message]] = {}
+        self._same_before: dict[int, tuple[Any, Message]] = {}
 
     def turn(self) -> None:
         """A build is complete: forget what it did not ask for."""
         self._older, self._recent = self._recent, {}
+        if self._same:  # routes were put together
+            self._same_before, self._same = self._same, {}
 
     def resource(self, kind: type[Message], body: Mapping[str, Any]) -> Resource:
         """Raises Refused."""
@@ -146,10 +150,19 @@ class Parser:
             self._branch(body["on_no_match"], made.on_no_match)
 
     def _branch(self, body: Mapping[str, Any], made: Any) -> None:
-        if set(body) == {"matcher"}:
-            self._matcher(body["matcher"], made.matcher)
+        """The same dictionary as before, not an equal one, is what it was as a whole."""
+        known = self._same.get(id(body)) or self._same_before.get(id(body))
+        if known is None or known[0] is not body:
+            if set(body) == {"matcher"}:
+                self._matcher(body["matcher"], made.matcher)
+            else:
+                made.CopyFrom(self._piece(matcher_pb2.Matcher.OnMatch, body))
+            whole = matcher_pb2.Matcher.OnMatch()
+            whole.CopyFrom(made)
+            known = (body, whole)
         else:
-            made.CopyFrom(self._piece(matcher_pb2.Matcher.OnMatch, body))
+            made.CopyFrom(known[1])
+        self._same[id(body)] = known
 
 
 def to_resource(message: Message) -> Resource:

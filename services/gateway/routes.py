@@ -25,8 +25,10 @@ from services.gateway.splits import (
     KINDS,
     REST_RETRIES,
     REST_SERVICE,
+    RETRIES,
     TENSOR_STREAM,
     UNBOUNDED,
+    Branch,
     action,
     added,
     branch,
@@ -43,15 +45,18 @@ REST_OTHERS = ("/v1/", "/openapi.json")
 OWN_REST = "/v1/models/"
 
 
-def routes(view: View, cors_origins: Sequence[str] = ()) -> dict[str, Any]:
+def routes(view: View, cors_origins: Sequence[str] = (), branch: Branch = branch) -> dict[str, Any]:
     """A tree, not a list: by service, then by model, then by the version asked for, so that a thousand
-    models cost what one costs."""
-    to_control = {"route": {"cluster": CONTROL, **UNBOUNDED}}
+    models cost what one costs. They depend on whether there are addresses, not on which. `branch` may
+    remember what it has made."""
+    # What is asked of a control plane may change something: not again once it may have been heard.
+    unheard = {"retry_on": "connect-failure,refused-stream", "num_retries": 2}
+    to_control = {"route": {"cluster": CONTROL, **UNBOUNDED, "retry_policy": unheard}}
     to_any_triton = {
         "route": {"cluster": ANY_TRITON, **UNBOUNDED},
         "request_headers_to_remove": ["authorization"],
     }
-    by_model = {service: _models(service, view) for service in KINDS}
+    by_model = {service: _models(service, view, branch) for service in KINDS}
     # A script answers for models that are unknown; what names no model is no method of ours.
     elsewhere = _local_reply(Unimplemented("there is no such method on this port"))
     elsewhere["typed_per_filter_config"] = {**model.script(model.UNKNOWN), **versions.asked()}
@@ -70,7 +75,7 @@ def routes(view: View, cors_origins: Sequence[str] = ()) -> dict[str, Any]:
         OWN_REST: _own_rest(),
     }
     tree = {"matcher_tree": _by_header(":path", services), "on_no_match": action(elsewhere)}
-    host: dict[str, Any] = {"name": "all", "domains": ["*"], "matcher": tree}
+    host: dict[str, Any] = {"name": "all", "domains": ["*"], "retry_policy": RETRIES, "matcher": tree}
     if cors_origins:
         host["typed_per_filter_config"] = web.cors_policy(cors_origins)
     return {"name": ROUTES, "virtual_hosts": [host]}
@@ -109,7 +114,7 @@ def _unread(service: str, elsewhere: dict[str, Any]) -> dict[str, Any]:
     return {"matcher": {"matcher_tree": _by_header(":path", branches), "on_no_match": action(elsewhere)}}
 
 
-def _models(service: str, view: View) -> dict[str, Any]:
+def _models(service: str, view: View, branch: Branch) -> dict[str, Any]:
     """What is done with the requests of each model that the service has."""
     targets: dict[str, list[Target]] = {}
     for target in (*view.targets, *view.named):

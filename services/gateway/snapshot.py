@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,10 +23,12 @@ from services.gateway.filters import versions
 from services.gateway.listener import Entry, listener
 from services.gateway.progress import NOTHING, Progress
 from services.gateway.resources import Parser, Refused, Resource
-from services.gateway.routes import routes
+from services.gateway.routes import ROUTES, routes
+from services.gateway.splits import branch
 from services.gateway.view import Target, View
 
 MAX_BANNED = 1024
+MAX_BRANCHES = 20_000  # of route trees that are remembered
 Named = Mapping[str, Resource]
 
 
@@ -78,6 +80,9 @@ class Builder:
         self._bad: dict[str, tuple[Known, str]] = {}
         self._doubtful: list[str] = []
         self._banned: dict[str, str] = {}
+        self._listened: tuple[Entry, dict[str, Any]] | None = None
+        self._routed_last: tuple[Any, Resource] | None = None
+        self._branched: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}
 
     def build(self, view: View, entry: Entry) -> Snapshot:
         known = _by_model(view)
@@ -174,11 +179,37 @@ class Builder:
             xds.CLUSTER: named(xds.CLUSTER, made),
             xds.ENDPOINTS: named(xds.ENDPOINTS, members, "cluster_name"),
             xds.SECRETS: {},
-            xds.LISTENER: named(xds.LISTENER, [listener(entry)]),
+            xds.LISTENER: named(xds.LISTENER, [self._listener(entry)]),
             xds.EXTENSIONS: named(xds.EXTENSIONS, filters.extensions(view, entry)),
-            xds.ROUTES: named(xds.ROUTES, [routes(view, entry.cors_origins)]),
+            xds.ROUTES: {ROUTES: self._routed(view, entry)},
         }
         return Snapshot(found, _digest(found), refused)
+
+    def _listener(self, entry: Entry) -> dict[str, Any]:
+        if self._listened is None or self._listened[0] != entry:
+            self._listened = (entry, listener(entry))
+        return self._listened[1]
+
+    def _routed(self, view: View, entry: Entry) -> Resource:
+        """The routes. They do not change with addresses, nor a model's with those of others."""
+        targets, named = _placeless(view.targets), _placeless(view.named)
+        key = (targets, named, view.models, entry.cors_origins)
+        if self._routed_last is None or self._routed_last[0] != key:
+            placeless = replace(view, targets=targets, named=named)
+            body = routes(placeless, entry.cors_origins, self._branches)
+            self._routed_last = (key, self._parser.resource(xds.MESSAGES[xds.ROUTES], body))
+        return self._routed_last[1]
+
+    def _branches(
+        self, service: str, known: Model | None, targets: Sequence[Target], spare: Sequence[Target]
+    ) -> dict[str, Any]:
+        place, value = (service, targets[0].model), (known, tuple(targets), tuple(spare))
+        found = self._branched.get(place)
+        if found is None or found[0] != value:
+            while len(self._branched) >= MAX_BRANCHES:
+                del self._branched[next(iter(self._branched))]
+            found = self._branched[place] = (value, branch(service, known, targets, spare))
+        return found[1]
 
     def _resource(self, kind: str, name: str, body: dict[str, Any], refused: dict[str, str]) -> Resource:
         try:
@@ -225,6 +256,23 @@ def _by_model(view: View) -> dict[str, Known]:
 
 def _ordered(targets: Iterable[Target]) -> tuple[Target, ...]:
     return tuple(sorted(targets, key=lambda target: (target.model, target.version)))
+
+
+def _placeless(targets: Iterable[Target]) -> tuple[Target, ...]:
+    """With "anywhere" for whatever addresses there are."""
+
+    def somewhere(addresses: tuple[str, ...]) -> tuple[str, ...]:
+        return ("anywhere",) if addresses else ()
+
+    return tuple(
+        replace(
+            target,
+            text_endpoints=somewhere(target.text_endpoints),
+            tensor_endpoints=somewhere(target.tensor_endpoints),
+            rest_endpoints=somewhere(target.rest_endpoints),
+        )
+        for target in targets
+    )
 
 
 def _without(view: View, names: Iterable[str]) -> View:
