@@ -32,6 +32,7 @@ class CallReader:
         self._names = frozenset(names)
         self._held = ""
         self._in = _In.START
+        self._behind_call = False  # white space there is nobody's text
 
     def push(self, piece: str) -> tuple[str, list[Call]]:
         """Text that is certain to be text, and the calls that are complete."""
@@ -45,6 +46,8 @@ class CallReader:
     def finish(self) -> tuple[str, list[Call]]:
         """The same for what was held back when generation ended."""
         held, self._held = self._held, ""
+        if self._in is _In.START and self._behind_call:
+            return held.lstrip(), []
         if self._in in (_In.TAG, _In.BARE) and (calls := parse(held, self._names)):
             return "", calls
         return (OPEN + held if self._in is _In.TAG else held), []
@@ -69,13 +72,15 @@ class CallReader:
                     calls += found
                 else:
                     text.append(OPEN + body + CLOSE)
-                self._held, self._in = behind.lstrip() if found else behind, _In.START
+                self._held, self._in, self._behind_call = behind, _In.START, bool(found)
                 return True
             case _In.BARE:
                 return False
 
     def _start(self) -> bool:
         begun = self._held.lstrip()
+        if self._behind_call:
+            self._held = begun
         if not begun or (OPEN.startswith(begun) and begun != OPEN):
             return False
         if begun.startswith(OPEN):

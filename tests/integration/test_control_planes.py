@@ -138,7 +138,7 @@ async def test_without_control_plane_backends_come_and_go_and_nothing_is_cut(sit
     gate = await site.envoy(control)
     await until(lambda: gate.answered("m"), "the model answers")
     await until_synced(control)
-    streams = [gate.stream("m") for _ in range(4)]
+    streams = [gate.stream("m") for _ in range(16)]
     held = [(await stream.read()).text for stream in streams]
     await control.kill()
     await backends[0].stop()

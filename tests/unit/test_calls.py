@@ -6,7 +6,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.inference.calls import CallReader, forced, parse
@@ -65,6 +65,7 @@ def test_calls_are_taken_out_of_the_text(text: str, left: str, calls: list[tuple
     assert found.strip() == left.strip() if calls else found == left
 
 
+@example(f"\n<tool_call>\n{ADD}\n</tool_call>\n", [74])
 @given(st.sampled_from([case[0] for case in CASES[:-1]]), st.lists(st.integers(0, 100), max_size=8))
 def test_it_does_not_matter_where_pieces_are_split(text: str, cuts: list[int]) -> None:
     at = sorted({0, *(cut % (len(text) + 1) for cut in cuts), len(text)})
