@@ -13,13 +13,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import psutil
 
 from deploy.local import layout as at
 from deploy.local.layout import Layout
 from lingqu.publishing import Artifact, Publisher
 from pipeline.tensor import package_tensor
+from services.core import tls
 from services.core.lifecycle import CHANNEL_OPTIONS
 
 ECHO = Path(__file__).parent / "models" / "echo"
@@ -54,9 +54,10 @@ class Suite:
 
     async def publish(self, name: str, folder: Path, *, traffic: bool = True) -> int:
         """Publish an artifact, wait until it is ready, and return the version."""
+        identity = self.layout.identity("cli")
         async with (
-            grpc.aio.insecure_channel(self.layout.address(at.REGISTRY), options=CHANNEL_OPTIONS) as registry,
-            grpc.aio.insecure_channel(self.layout.address(at.GATEWAY), options=CHANNEL_OPTIONS) as gateway,
+            tls.channel(self.layout.address(at.REGISTRY), CHANNEL_OPTIONS, identity) as registry,
+            tls.channel(self.layout.address(at.GATEWAY), CHANNEL_OPTIONS, identity) as gateway,
         ):
             return await Publisher(registry, gateway, self.key).publish(
                 name, Artifact.at(folder), traffic=traffic, timeout_s=60, tell=lambda text: None
@@ -90,7 +91,7 @@ async def running(offset: int, *arguments: str, state: Path | None = None) -> As
             else:
                 raise ChildProcessError("the suite did not come up:\n" + "".join(said))
         drain = asyncio.create_task(_drain(process.stdout))
-        yield Suite(Layout(home.resolve(), offset), process)
+        yield Suite(Layout(home.resolve(), offset, "--tls" in arguments), process)
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGINT)

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -33,6 +34,20 @@ def channel_options(address: str) -> list[tuple[str, int]]:
     """A proxy that the environment names is for other machines, not for this one."""
     local = address.startswith(("127.", "localhost:", "[::1]:"))
     return [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if local else 1)]
+
+
+def connected(
+    address: str,
+    ca: Path | str | bool | None = None,
+    certificate: tuple[Path | str, Path | str] | None = None,
+) -> grpc.aio.Channel:
+    """A channel, with TLS where there is a `ca`; the arguments are those of Client. Raises OSError."""
+    if not ca:
+        return grpc.aio.insecure_channel(address, options=channel_options(address))
+    trusted = None if ca is True else Path(ca).read_bytes()
+    own, key = (Path(path).read_bytes() for path in certificate) if certificate else (None, None)
+    credentials = grpc.ssl_channel_credentials(trusted, key, own)
+    return grpc.aio.secure_channel(address, credentials, options=channel_options(address))
 
 
 class LingquError(Exception):
@@ -67,10 +82,20 @@ class Client:
     """One connection to a suite; use it as `async with lingqu.Client(key=…) as client`.
 
     `timeout` bounds every call in seconds, retries included. Calls are retried while the suite is
-    unavailable; a stream only as long as nothing of it has arrived."""
+    unavailable; a stream only as long as nothing of it has arrived. `ca` is the PEM file of the CA that the
+    suite's certificate is from, or True for those that are known to everybody; None: without TLS.
+    `certificate` are PEM files of a client certificate and its key, in place of an API key."""
 
-    def __init__(self, address: str = "127.0.0.1:8080", key: str = "", timeout: float = 120.0) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=channel_options(address))
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8080",
+        key: str = "",
+        timeout: float = 120.0,
+        *,
+        ca: Path | str | bool | None = None,
+        certificate: tuple[Path | str, Path | str] | None = None,
+    ) -> None:
+        self._channel = connected(address, ca, certificate)
         self._stub = InferenceServiceStub(self._channel)
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         self._timeout = timeout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,14 +25,16 @@ from lingqu.inference.v1.inference_pb2_grpc import (
     InferenceServiceStub,
     add_InferenceServiceServicer_to_server,
 )
+from services.core import tls
 from services.core.access import Access
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
 from services.core.interceptors import server_stack
+from services.core.tls import Identity
 from services.gateway.bootstrap import bootstrap
 from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
 from services.gateway.snapshot import snapshot
-from services.gateway.view import view
+from services.gateway.view import View, view
 from tests.conftest import free_offset
 from tests.statics import static
 from tests.waiting import until
@@ -141,12 +143,39 @@ async def running(
     """`entry`: fields of the gateway's Entry. TEXT and TENSOR have a ready replica, AWAY has none."""
     layout = Layout(folder, free_offset())
     backend = backend or Backend()
+    keys = KeyRing.at(folder / "key.pem")
+    made = replace(Entry(layout.address(PUBLIC), "127.0.0.1:1", keys.jwks()), **entry)
+    boot = bootstrap("test", "127.0.0.1:1", layout.address(ENVOY_ADMIN), heap_bytes)
+    for dynamic in ("dynamic_resources", "cluster_manager", "hds_config"):
+        boot.pop(dynamic, None)
+    async with serving(backend) as upstream:
+        config = boot | static(snapshot(seen(upstream, access), made))
+        async with envoy_running(layout, config) as pid:
+            gateway = Gateway(made.listen, layout.address(ENVOY_ADMIN), keys, pid, backend, folder)
+            await until(gateway.serves, f"Envoy serves: {folder}/envoy.log")
+            backend.asked.clear()
+            try:
+                yield gateway
+            finally:
+                backend.hold.set()
+
+
+@asynccontextmanager
+async def serving(backend: Backend, identity: Identity | None = None) -> AsyncIterator[str]:
+    """The address of a server of both services."""
     layers = server_stack(NoOpTracerProvider().get_tracer("test"), 4096)
     server = grpc.aio.server(interceptors=layers, options=[("grpc.max_receive_message_length", -1)])
     add_InferenceServiceServicer_to_server(backend, server)
     oip_grpc.add_GRPCInferenceServiceServicer_to_server(backend, server)
-    upstream = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    port = tls.listen(server, "127.0.0.1:0", identity)
     await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+def seen(upstream: str, access: Access | None = None) -> View:
     tasks = {TEXT: "generate", TENSOR: "tensor", AWAY: "generate"}
     models = [
         Model(name, (Version(VersionKey(name, 1), "file:///x", "0", task, "x"),), ((1, 100),))
@@ -154,28 +183,23 @@ async def running(
     ]
     hosted = tuple(Hosted(VersionKey(name, 1), READY) for name in (TEXT, TENSOR))
     endpoints = {"grpc": upstream, "oip": upstream, "http": "127.0.0.1:1"}
-    replica = Replica("one", "inference", endpoints, hosted)
-    keys = KeyRing.at(folder / "key.pem")
-    made = replace(Entry(layout.address(PUBLIC), "127.0.0.1:1", keys.jwks()), **entry)
-    boot = bootstrap("test", "127.0.0.1:1", layout.address(ENVOY_ADMIN), heap_bytes)
-    del boot["dynamic_resources"]
-    config = folder / "envoy.json"
-    config.write_text(json.dumps(boot | static(snapshot(view([replica], models, access), made))))
-    log = folder / "envoy.log"
+    return view([Replica("one", "inference", endpoints, hosted)], models, access)
+
+
+@asynccontextmanager
+async def envoy_running(layout: Layout, config: Mapping[str, Any]) -> AsyncIterator[int]:
+    """The process id of an Envoy, which has to live to the end."""
+    path, log = layout.state / "envoy.json", layout.state / "envoy.log"
+    path.write_text(json.dumps(config))
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            envoy(layout).argv[0], "-c", str(config), "--disable-hot-restart", "--concurrency", "1",
+            envoy(layout).argv[0], "-c", str(path), "--disable-hot-restart", "--concurrency", "1",
             "--log-level", "warn", stderr=output,
         )  # fmt: skip
-    gateway = Gateway(made.listen, layout.address(ENVOY_ADMIN), keys, process.pid, backend, folder)
     try:
-        await until(gateway.serves, f"Envoy serves:\n{log.read_text()}")
-        backend.asked.clear()
-        yield gateway
+        yield process.pid
         assert process.returncode is None, f"Envoy did not live to the end:\n{log.read_text()}"
     finally:
-        backend.hold.set()
         if process.returncode is None:
             process.terminate()
         await process.wait()
-        await server.stop(0)

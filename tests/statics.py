@@ -33,4 +33,18 @@ def static(made: Snapshot) -> dict[str, Any]:
             del cluster["eds_cluster_config"]
             cluster |= {"type": "STATIC", "load_assignment": as_dict(made, xds.ENDPOINTS)[cluster["name"]]}
         clusters.append(cluster)
-    return {"static_resources": {"listeners": [listener], "clusters": clusters}}
+    found = {
+        "listeners": [listener],
+        "clusters": clusters,
+        "secrets": list(as_dict(made, xds.SECRETS).values()),
+    }
+    return {"static_resources": _named_secrets(found)}
+
+
+def _named_secrets(value: Any) -> Any:
+    """Secrets are there, so that they need not be asked for."""
+    if isinstance(value, list):
+        return [_named_secrets(inner) for inner in value]
+    if isinstance(value, dict):
+        return {key: _named_secrets(inner) for key, inner in value.items() if key != "sds_config"}
+    return value

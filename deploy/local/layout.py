@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from services.core.tls import Identity
+
 HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`offset` is added to every port, so that suites can run side by side with a `state` folder each."""
+    """`offset` is added to every port, so that suites can run side by side with a `state` folder each.
+    `secured`: the public port and the parts speak TLS, with certificates in `tls`."""
 
     state: Path
     offset: int = 0
+    secured: bool = False
 
     def pair(self, number: int) -> Layout:
         """Ports of the Triton with this number, from 1, and of its inference: STRIDE apart."""
@@ -32,6 +36,21 @@ class Layout:
     @property
     def logs(self) -> Path:
         return self.state / "logs"
+
+    @property
+    def tls(self) -> Path:
+        return self.state / "tls"
+
+    @property
+    def public_ca(self) -> Path | None:
+        """Whose certificate the public port has."""
+        return self.tls / "ca.pem" if self.secured else None
+
+    def identity(self, part: str) -> Identity | None:
+        """Who a part is to the others; None where connections are plain."""
+        if not self.secured:
+            return None
+        return Identity(self.tls / f"{part}.pem", self.tls / f"{part}-key.pem", self.tls / "ca.pem")
 
     @property
     def dev_key(self) -> Path:

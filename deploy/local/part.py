@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import ssl
 import urllib.request
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.local.guard import remove
+from services.core import tls
 from services.core.lifecycle import CHANNEL_OPTIONS
+from services.core.tls import Identity
 
 PROBE_S = 0.05
 LOG_LIMIT_BYTES = 10 << 20
@@ -120,12 +123,13 @@ def _open_log(path: Path) -> BinaryIO:
     return path.open("ab")
 
 
-def http_ready(url: str) -> Callable[[], Awaitable[bool]]:
-    """Ready when `url` answers 200."""
+def http_ready(url: str, identity: Identity | None = None) -> Callable[[], Awaitable[bool]]:
+    """Ready when `url` answers 200, asked by a part with this identity."""
+    opener = _DIRECT if identity is None else _secured(identity)
 
     def get() -> bool:
         try:
-            with _DIRECT.open(url, timeout=1) as answer:
+            with opener.open(url, timeout=1) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
@@ -133,11 +137,28 @@ def http_ready(url: str) -> Callable[[], Awaitable[bool]]:
     return lambda: asyncio.to_thread(get)
 
 
-def grpc_ready(address: str, service: str = "") -> Callable[[], Awaitable[bool]]:
-    """Ready when the health service at `address` says SERVING."""
+def _secured(identity: Identity) -> urllib.request.OpenerDirector:
+    context = ssl.create_default_context(cafile=str(identity.ca))
+    context.load_cert_chain(identity.certificate, identity.key)
+    return urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
+
+
+def grpc_ready(
+    address: str, service: str = "", identity: Identity | None = None, ca: Path | None = None
+) -> Callable[[], Awaitable[bool]]:
+    """Ready when the health service at `address` says SERVING, asked by a part with this identity, or by a
+    client who trusts `ca`."""
+
+    def connected() -> grpc.aio.Channel:
+        if ca is None:
+            return tls.channel(address, CHANNEL_OPTIONS, identity)
+        trust = grpc.ssl_channel_credentials(ca.read_bytes())
+        return grpc.aio.secure_channel(address, trust, options=CHANNEL_OPTIONS)
 
     async def check() -> bool:
-        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        async with connected() as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             try:
                 answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=1)

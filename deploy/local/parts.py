@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from deploy.local import hardware, triton
+from deploy.local import certificates, hardware, triton
 from deploy.local import layout as at
 from deploy.local.layout import Layout
 from deploy.local.part import Part, grpc_ready, http_ready
+from services.core.tls import Identity
 from services.gateway.bootstrap import bootstrap
+from services.gateway.secrets import secret_files
 
 INSTANCE_TTL_S = 5
 
@@ -37,6 +39,8 @@ class Options:
 
 def parts(layout: Layout, options: Options) -> list[Part]:
     """In an order in which each comes behind what it needs."""
+    if layout.secured:
+        certificates.issue(layout)
     common = {
         "LINGQU_OTLP_ENDPOINT": options.otlp_endpoint,
         "LINGQU_LOG_LEVEL": options.log_level,
@@ -70,6 +74,7 @@ def parts(layout: Layout, options: Options) -> list[Part]:
                 "LINGQU_SIGNING_KEY": str(layout.state / "gateway" / "signing.pem"),
                 "LINGQU_JWKS": str(layout.jwks),
                 "LINGQU_DEV_KEY": str(layout.dev_key),
+                **_public_tls(layout),
                 "LINGQU_AUDIT_LOG": str(layout.audit("gateway")),
             },
         ),
@@ -106,7 +111,9 @@ def _numbers(options: Options) -> range:
 
 def etcd(layout: Layout) -> Part:
     """One member with its data under the state folder."""
-    client, peer = f"http://{layout.address(at.ETCD)}", f"http://{layout.address(at.ETCD_PEER)}"
+    identity = layout.identity("etcd")
+    scheme = "http" if identity is None else "https"
+    client, peer = (f"{scheme}://{layout.address(port)}" for port in (at.ETCD, at.ETCD_PEER))
     return Part(
         name="etcd",
         argv=(
@@ -122,8 +129,9 @@ def etcd(layout: Layout) -> Part:
             "--auto-compaction-retention=1h",
             "--logger=zap",
             "--log-level=warn",
+            *(_etcd_tls(identity) if identity else ()),
         ),
-        ready=http_ready(f"{client}/health"),
+        ready=http_ready(f"{client}/health", identity),
         ports=_ports(layout, {at.ETCD: "etcd", at.ETCD_PEER: "etcd peers"}),
     )
 
@@ -136,7 +144,7 @@ def triton_server(layout: Layout, number: int = 1, tritons: int = 1) -> Part:
     share = hardware.share(number, tritons)
     return Part(
         name=at.numbered("triton", number),
-        argv=(*share.prefix, *triton.command(files, ports)),
+        argv=(*share.prefix, *triton.command(files, ports, layout.identity("triton"))),
         env={**triton.environment(files), **share.env},
         ready=http_ready(f"http://{ports.address(at.TRITON_HTTP)}/v2/health/ready"),
         ports=_ports(
@@ -167,13 +175,17 @@ def envoy(layout: Layout) -> Part:
     def write_bootstrap() -> None:
         config.parent.mkdir(parents=True, exist_ok=True)
         admin, control = layout.address(at.ENVOY_ADMIN), layout.address(at.GATEWAY)
-        config.write_text(json.dumps(bootstrap("envoy-local", control, admin), indent=1))
+        identity = layout.identity("gateway")
+        for name, body in secret_files(identity).items() if identity else ():
+            (config.parent / name).write_text(json.dumps(body))
+        secrets = config.parent if identity else None
+        config.write_text(json.dumps(bootstrap("envoy-local", control, admin, secrets=secrets), indent=1))
 
     return Part(
         name="envoy",
         argv=(str(binary), "-c", str(config), "--disable-hot-restart", *workers, "--log-level", "warn"),
         # Ready only when the listener has arrived from the control plane and works to the end.
-        ready=grpc_ready(layout.address(at.PUBLIC)),
+        ready=grpc_ready(layout.address(at.PUBLIC), ca=layout.public_ca),
         ports=_ports(layout, {at.PUBLIC: "public", at.ENVOY_ADMIN: "Envoy admin"}),
         needs=("gateway",),
         prepare=write_bootstrap,
@@ -193,10 +205,39 @@ def _service(
     return Part(
         name=at.numbered(name, number),
         argv=(sys.executable, "-m", f"services.{name}"),
-        env=env,
-        ready=grpc_ready(layout.address(port)),
+        env={**env, **_identity(layout, name)},
+        ready=grpc_ready(layout.address(port), identity=layout.identity("cli")),
         ports=_ports(layout, {port: name, **more_ports}),
         needs=needs,
+    )
+
+
+def _identity(layout: Layout, name: str) -> dict[str, str]:
+    """Settings of a service."""
+    if (identity := layout.identity(name)) is None:
+        return {}
+    found = {"CERTIFICATE": identity.certificate, "KEY": identity.key, "CA": identity.ca}
+    return {f"LINGQU_MTLS_{what}": str(path) for what, path in found.items()}
+
+
+def _public_tls(layout: Layout) -> dict[str, str]:
+    if not layout.secured:
+        return {}
+    found = {"CERTIFICATE": "public", "KEY": "public-key", "CLIENT_CA": "clients"}
+    return {f"LINGQU_TLS_{what}": str(layout.tls / f"{name}.pem") for what, name in found.items()}
+
+
+def _etcd_tls(identity: Identity) -> tuple[str, ...]:
+    """For clients and for peers."""
+    return tuple(
+        flag
+        for of in ("", "peer-")
+        for flag in (
+            f"--{of}cert-file={identity.certificate}",
+            f"--{of}key-file={identity.key}",
+            f"--{of}trusted-ca-file={identity.ca}",
+            f"--{of}client-cert-auth",
+        )
     )
 
 

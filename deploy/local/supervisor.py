@@ -155,6 +155,7 @@ class Supervisor:
         body = {
             "pid": os.getpid(),
             "offset": self._layout.offset,
+            "tls": self._layout.secured,
             "parts": {
                 part.name: {
                     "pid": self._running[part.name].pid if part.name in self._running else None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.local.layout import HOST, TRITON_GRPC, TRITON_HTTP, TRITON_METRICS, Layout
+from services.core.tls import Identity
 
 
 class TritonUnusable(Exception):
@@ -68,8 +69,9 @@ def prepare(home: Path) -> TritonFiles:
     return TritonFiles(home, ":".join(libraries), site_packages)
 
 
-def command(files: TritonFiles, layout: Layout) -> tuple[str, ...]:
-    """The whole command line; everything is bound to loopback."""
+def command(files: TritonFiles, layout: Layout, identity: Identity | None = None) -> tuple[str, ...]:
+    """The whole command line; everything is bound to loopback. With an identity, gRPC answers only other
+    parts; its HTTP has no TLS."""
     ports = {"http": TRITON_HTTP, "grpc": TRITON_GRPC, "metrics": TRITON_METRICS}
     flags = [
         f"--{name}-{what}"
@@ -89,6 +91,17 @@ def command(files: TritonFiles, layout: Layout) -> tuple[str, ...]:
         # The models get the caller's trace context as a request parameter.
         "--grpc-header-forward-pattern=(?i)traceparent",
         *flags,
+        *(_tls(identity) if identity else ()),
+    )
+
+
+def _tls(identity: Identity) -> tuple[str, ...]:
+    """Read once, at start."""
+    return (
+        "--grpc-use-ssl-mutual=true",
+        f"--grpc-server-cert={identity.certificate}",
+        f"--grpc-server-key={identity.key}",
+        f"--grpc-root-cert={identity.ca}",
     )
 
 

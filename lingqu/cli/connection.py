@@ -15,7 +15,7 @@ import grpc
 import typer
 from rich.console import Console
 
-from lingqu.client import Client, LingquError, channel_options
+from lingqu.client import Client, LingquError, connected
 from lingqu.publishing import PublishFailed
 
 T = TypeVar("T")
@@ -28,18 +28,30 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Where a suite is. `address` is that of its public port if it is not the local one."""
+    """Where a suite is. `address` is that of its public port if it is not the local one, `ca` a PEM file of
+    the CA that its certificate is from."""
 
     state: Path
     address: str | None
     key: str | None
+    ca: Path | None = None
 
     @property
     def offset(self) -> int:
+        return int(self._written("offset") or 0)
+
+    @property
+    def trusted(self) -> Path | None:
+        """Whom the public port's certificate is from; None: it has none."""
+        if self.ca is not None or self.address is not None:
+            return self.ca
+        return self.state / "tls" / "ca.pem" if self._written("tls") else None
+
+    def _written(self, name: str) -> Any:
         try:
-            return int(json.loads((self.state / "suite.json").read_text())["offset"])
+            return json.loads((self.state / "suite.json").read_text())[name]
         except (OSError, ValueError, KeyError):
-            return 0
+            return None
 
     def local(self, port: int) -> str:
         return f"127.0.0.1:{port + self.offset}"
@@ -70,7 +82,10 @@ class Suite:
         """Raises typer.Exit at once if the local suite does not run, instead of trying for minutes."""
         if self.address is None:
             self.running()
-        return Client(self.public, self.secret)
+        try:
+            return Client(self.public, self.secret, ca=self.trusted)
+        except OSError as error:
+            fail(f"the CA cannot be read: {error}")
 
     def running(self) -> dict[str, Any]:
         """What suite.json says of the running suite. Raises typer.Exit if none runs in this folder."""
@@ -88,7 +103,9 @@ class Suite:
         """To a part that only the machine of the suite reaches. Raises typer.Exit for a remote suite."""
         if self.address is not None:
             fail("--address reaches the public port only; run this command on the suite's own machine")
-        return grpc.aio.insecure_channel(self.local(port), options=channel_options(self.local(port)))
+        folder = self.state / "tls"
+        own = (folder / "cli.pem", folder / "cli-key.pem")
+        return connected(self.local(port), *((folder / "ca.pem", own) if self._written("tls") else ()))
 
 
 def fail(message: str) -> NoReturn:

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 
-import grpc
 from rich.markup import escape
 
 import lingqu
@@ -18,6 +17,7 @@ from deploy.local.triton import TritonUnusable
 from lingqu.cli.connection import Suite, err, out
 from lingqu.publishing import Artifact, Publisher, PublishFailed
 from pipeline.bundled import Bundled, bundled
+from services.core import tls
 from services.core.lifecycle import CHANNEL_OPTIONS
 from services.core.signing import Signer
 
@@ -25,10 +25,16 @@ PUBLISH_TIMEOUT_S = 300.0
 
 
 async def up(
-    suite: Suite, offset: int, otlp: str, log_level: str, with_models: bool, tritons: int = 1
+    suite: Suite,
+    offset: int,
+    otlp: str,
+    log_level: str,
+    with_models: bool,
+    tritons: int = 1,
+    secured: bool = False,
 ) -> int:
     """Returns the exit code: 0 after a stop that was asked for, 1 if the suite could not start."""
-    layout = Layout(suite.state.resolve(), offset)
+    layout = Layout(suite.state.resolve(), offset, secured)
     begun = time.monotonic()
     _stop_on_signals()
     out.print(f"[bold]lingqu {lingqu.__version__}[/bold] · state in {suite.state}")
@@ -67,8 +73,8 @@ def _stop_on_signals() -> None:
 
 async def _publish(layout: Layout, models: list[Bundled]) -> None:
     async with (
-        grpc.aio.insecure_channel(layout.address(REGISTRY), options=CHANNEL_OPTIONS) as registry,
-        grpc.aio.insecure_channel(layout.address(GATEWAY), options=CHANNEL_OPTIONS) as gateway,
+        tls.channel(layout.address(REGISTRY), CHANNEL_OPTIONS, layout.identity("cli")) as registry,
+        tls.channel(layout.address(GATEWAY), CHANNEL_OPTIONS, layout.identity("cli")) as gateway,
     ):
         signer = Signer.at(layout.publisher_key)
         publisher = Publisher(registry, gateway, layout.dev_key.read_text().strip())

@@ -39,11 +39,18 @@ def options(
     key: Annotated[
         str | None, typer.Option(help="API key. Default: LINGQU_KEY, or the local suite's dev.key.")
     ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file of the CA of the suite's certificate. Default: the local suite's, if it has one.",
+            envvar="LINGQU_CA",
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
     ] = False,
 ) -> None:
-    context.obj = Suite(state, address, key)
+    context.obj = Suite(state, address, key, ca)
 
 
 app.command()(suite.up)

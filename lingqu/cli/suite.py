@@ -38,6 +38,13 @@ def up(
             max=8,
         ),
     ] = 1,
+    tls: Annotated[
+        bool,
+        typer.Option(
+            "--tls",
+            help="TLS on the public port and between the parts, with certificates made in the state folder.",
+        ),
+    ] = False,
 ) -> None:
     """Run the whole suite on this machine until Ctrl-C: etcd, registry, Triton, inference, gateway, Envoy."""
     try:
@@ -47,7 +54,7 @@ def up(
             f"{error.name or error} is not installed; `lingqu up` needs: pip install 'lingqu[serve,pipeline]'"
         )
     suite: Suite = context.obj
-    code = asyncio.run(run_local(suite, port_offset, otlp, log_level, bundled, tritons))
+    code = asyncio.run(run_local(suite, port_offset, otlp, log_level, bundled, tritons, tls))
     raise typer.Exit(code)
 
 

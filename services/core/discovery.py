@@ -18,8 +18,10 @@ from lingqu.client import LingquError
 from lingqu.registry.v1 import instances_pb2, models_pb2
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
+from services.core import tls
 from services.core.backoff import Backoff
 from services.core.lifecycle import CHANNEL_OPTIONS
+from services.core.tls import Identity
 
 log = logging.getLogger(__name__)
 
@@ -167,9 +169,9 @@ class Registry:
     One of them is used until somebody who got no answer there says `leave`. The stubs are those of the
     current one: take them anew for each call."""
 
-    def __init__(self, addresses: str) -> None:
+    def __init__(self, addresses: str, identity: Identity | None = None) -> None:
         self._channels = [
-            grpc.aio.insecure_channel(address.strip(), options=list(REGISTRY_OPTIONS.items()))
+            tls.channel(address.strip(), list(REGISTRY_OPTIONS.items()), identity)
             for address in addresses.split(",")
         ]
         self._use(random.choice(self._channels))  # noqa: S311 - spreads load

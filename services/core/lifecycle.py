@@ -15,6 +15,9 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.core import tls
+from services.core.tls import Identity
+
 # A message may be as large as Triton's own limit allows; what is too large for a field is refused by name.
 MAX_MESSAGE_BYTES = 64 << 20
 SERVER_OPTIONS = [
@@ -70,9 +73,14 @@ def run(name: str, log_level: str, running: AbstractAsyncContextManager[object])
 
 @asynccontextmanager
 async def serving(
-    server: grpc.aio.Server, listen: str, services: Iterable[str], grace_s: float
+    server: grpc.aio.Server,
+    listen: str,
+    services: Iterable[str],
+    grace_s: float,
+    identity: Identity | None = None,
 ) -> AsyncIterator[health.aio.HealthServicer]:
     """Start `server` on `listen` with reflection and health for `services`; drain and stop it at the end.
+    With an identity only other parts are answered.
 
     Raises OSError if the address is taken."""
     names = list(services)
@@ -80,7 +88,7 @@ async def serving(
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
-        server.add_insecure_port(listen)
+        tls.listen(server, listen, identity)
     except RuntimeError as err:
         raise OSError(f"cannot listen on {listen}: {err}") from err
     await server.start()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Self, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, PlainValidator, ValidationError
+from pydantic import AfterValidator, BeforeValidator, PlainValidator, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.core.signing import TrustedKeys
+from services.core.tls import Identity
 
 _ADDRESS = re.compile(r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})$")
 
@@ -78,6 +79,24 @@ class Settings(BaseSettings):
     grace_s: float = 5.0
     """How long running calls may go on after a stop was asked for."""
     max_in_flight: int = 4096
+    mtls_certificate: Path | None = None
+    """Who this part is to the others: PEM files of its certificate, its key, and the CA of all parts. None of
+    them: connections between parts are plain."""
+    mtls_key: Path | None = None
+    mtls_ca: Path | None = None
+
+    @model_validator(mode="after")
+    def _whole_identity(self) -> Self:
+        if len({found is None for found in (self.mtls_certificate, self.mtls_key, self.mtls_ca)}) > 1:
+            raise ValueError("LINGQU_MTLS_CERTIFICATE, LINGQU_MTLS_KEY and LINGQU_MTLS_CA go together")
+        return self
+
+    @property
+    def identity(self) -> Identity | None:
+        if self.mtls_certificate is None or self.mtls_key is None or self.mtls_ca is None:
+            return None
+        return Identity(self.mtls_certificate, self.mtls_key, self.mtls_ca)
+
     audit_log: Path | None = None
     """File for lines about administrative acts (audit.py); unset: none are written."""
 
@@ -92,5 +111,5 @@ def load(kind: type[S]) -> S:
     except ValidationError as error:
         for problem in error.errors():
             name = "LINGQU_" + "_".join(str(part) for part in problem["loc"]).upper()
-            sys.stderr.write(f"{name}: {problem['msg']}\n")
+            sys.stderr.write(f"{name}: {problem['msg']}\n" if problem["loc"] else f"{problem['msg']}\n")
         sys.exit(2)

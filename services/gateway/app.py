@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import grpc
 from envoy.service.discovery.v3 import ads_pb2_grpc
 from envoy.service.health.v3 import hds_pb2_grpc
 from envoy.service.load_stats.v3 import lrs_pb2_grpc
 from grpc_health.v1 import health_pb2
-from pydantic import Field
+from pydantic import Field, model_validator
 from tritonclient.grpc import service_pb2 as _oip  # noqa: F401 - reflection shows it
 
 from lingqu.gateway.v1.gateway_pb2_grpc import add_GatewayServiceServicer_to_server
@@ -39,6 +39,7 @@ from services.gateway.keys import KeyRing
 from services.gateway.limits.app import GlobalLimits
 from services.gateway.listener import Entry, Limiting
 from services.gateway.providers import ProvidersFile
+from services.gateway.secrets import SecretFiles, WatchedSecrets
 from services.gateway.service import Gateway
 from services.gateway.sotw import Clients
 from services.gateway.view import is_address
@@ -59,6 +60,11 @@ class GatewaySettings(Settings):
     labels: Labels = Field(default_factory=dict)
     """Of this control plane, such as its zone."""
     registry: Addresses = "127.0.0.1:8082"
+    tls_certificate: Path | None = None
+    """PEM files of the public port's certificate and its key. None: clients connect without TLS."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """PEM file of the CAs whose certificates say who a client is, in place of a key."""
     cors_origins: Origins = ()
     """Web pages that may call the public port, "https://app.example,https://*.lab.example"; default: none."""
     signing_key: Path = Path(".lingqu/gateway/signing.pem")
@@ -81,13 +87,26 @@ class GatewaySettings(Settings):
     dev_key: Path | None = None
     """If set, an admin key is written there at start, valid for 30 days."""
 
+    @model_validator(mode="after")
+    def _whole_tls(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("LINGQU_TLS_CERTIFICATE and LINGQU_TLS_KEY go together")
+        if self.tls_client_ca is not None and self.tls_key is None:
+            raise ValueError("LINGQU_TLS_CLIENT_CA needs LINGQU_TLS_CERTIFICATE")
+        return self
+
+    @property
+    def secret_files(self) -> SecretFiles:
+        public = (self.tls_certificate, self.tls_key) if self.tls_certificate and self.tls_key else None
+        return SecretFiles(public, self.tls_client_ca, self.identity)
+
 
 @asynccontextmanager
 async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(tracing("lingqu-gateway-control", cfg.otlp_endpoint))
         changed = asyncio.Event()
-        registry = Registry(cfg.registry)
+        registry = Registry(cfg.registry, cfg.identity)
         stack.push_async_callback(registry.close)
         issuers = Issuers(
             KeyRing.at(cfg.signing_key),
@@ -97,6 +116,7 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
             changed=changed.set,
         )
         address = _resolved(cfg.gateway_address or cfg.gateway_listen)
+        secrets = WatchedSecrets(cfg.secret_files, changed.set)
         entry = Entry(
             listen=cfg.public_listen,
             control=address,
@@ -105,13 +125,15 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
             known_clients_only=cfg.known_clients_only,
             limits=Limiting(cfg.limits_timeout_s, cfg.limits_fail == "closed"),
             cors_origins=cfg.cors_origins,
+            secrets=secrets.current,
         )
 
         def current_entry() -> Entry:
-            return replace(entry, jwks=issuers.jwks, issuers=issuers.others)
+            return replace(entry, jwks=issuers.jwks, issuers=issuers.others, secrets=secrets.current)
 
         figures = Figures(stack.enter_context(metering("lingqu-gateway-control", cfg.otlp_endpoint)))
-        limits = GlobalLimits(registry, cfg.limiter_address or address, cfg.limits_lease_s, changed)
+        limiter = cfg.limiter_address or address
+        limits = GlobalLimits(registry, limiter, cfg.limits_lease_s, changed, cfg.identity)
         control = ControlPlane(current_entry, registry, changed, limits, (issuers,), figures)
         accounts = Accounts(registry)
         clients = Clients(control.snapshots, lambda: control.state()[1])
@@ -133,10 +155,12 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
         limits.add_to(server, tells=cfg.limits_tell)
         # Health and reflection of the public port are answered here, for the services behind it.
         public = [TEXT_SERVICE, TENSOR_SERVICE, GATEWAY_SERVICE]
-        checks = await stack.enter_async_context(serving(server, cfg.gateway_listen, public, cfg.grace_s))
+        checks = await stack.enter_async_context(
+            serving(server, cfg.gateway_listen, public, cfg.grace_s, cfg.identity)
+        )
         await stack.enter_async_context(limits.running())
         await stack.enter_async_context(
-            background(_report_health(control, checks), _record(issuers, accounts))
+            background(_report_health(control, checks), _record(issuers, accounts), secrets.run())
         )
         own = Replica(
             "gateway-" + re.sub(r"[^0-9a-zA-Z.]", "-", address), SERVICE, {"grpc": address}, (), cfg.labels

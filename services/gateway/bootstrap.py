@@ -4,9 +4,11 @@ else."""
 from __future__ import annotations
 
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 from services.gateway.clusters import endpoints, socket_address
+from services.gateway.secrets import upstream_from_files
 
 # Envoy's own default grows to half a minute: a control plane that is back would be found that late.
 _RECONNECTS = {"retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"}}
@@ -29,12 +31,18 @@ _EXPENSIVE_BYTES_LOG2 = 18
 
 
 def bootstrap(
-    node_id: str, control: str, admin: str, heap_bytes: int = HEAP_BYTES, zone: str = ""
+    node_id: str,
+    control: str,
+    admin: str,
+    heap_bytes: int = HEAP_BYTES,
+    zone: str = "",
+    secrets: Path | None = None,
 ) -> dict[str, Any]:
     """To be written as JSON and given to `envoy -c`. `control` and `admin` are "host:port"; of control planes
     there may be several, separated by commas: Envoy keeps to one that is healthy. The admin interface has no
     authentication and must be on loopback (ValueError otherwise). `heap_bytes`: what Envoy may allocate.
-    `zone`: that of the replicas that are to be asked first."""
+    `zone`: that of the replicas that are to be asked first. `secrets`: a folder with `secret_files`, if the
+    control plane asks for TLS."""
     host = admin.rpartition(":")[0].strip("[]")
     if host != "localhost" and not ip_address(host).is_loopback:
         raise ValueError(f"Envoy's admin interface would be open to others on {admin}")
@@ -92,6 +100,7 @@ def bootstrap(
                     "close_connections_on_host_health_failure": True,
                     # If none is healthy, any is better than none.
                     "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
+                    **({"transport_socket": upstream_from_files(secrets)} if secrets else {}),
                 }
             ]
         },

@@ -178,7 +178,7 @@ class ControlPlane:
             log.error("no snapshot can be made, the last one holds: %s", err)  # noqa: TRY400 - it says all
             return
         self._view = now
-        self.health.watch(now)
+        self.health.watch(now, secured=self._entry().secrets.own is not None)
         known = current.refused if current else {}
         for what, why in made.refused.items():
             if known.get(what) != why:

@@ -30,9 +30,9 @@ class HealthDiscovery(hds_pb2_grpc.HealthDiscoveryServiceServicer):  # type: ign
         """How many Envoys report."""
         return len(self._findings)
 
-    def watch(self, view: View) -> None:
+    def watch(self, view: View, *, secured: bool = False) -> None:
         """From now on the replicas of this view are asked."""
-        wanted = checks(view)
+        wanted = checks(view, secured=secured)
         if wanted != self._wanted:
             self._wanted = wanted
             for told in self._told:

@@ -7,6 +7,8 @@ VERSION_HEADER = "x-lingqu-model-version"
 # The id of the key, and the models that the key is for if it is not for all that its client may call.
 KEY_HEADER = "x-lingqu-key"
 KEY_MODELS_HEADER = "x-lingqu-key-models"
+# Whom a client certificate names, until it has become CLIENT_HEADER.
+CERTIFICATE_HEADER = "x-lingqu-certificate"
 # On copies for a shadow version, whose answers nobody sees.
 SHADOW_HEADER = "x-lingqu-shadow"
 # The model that answers in place of the one that was asked for; on answers, too.
@@ -23,6 +25,7 @@ OWN_HEADERS = (
     VERSION_HEADER,
     KEY_HEADER,
     KEY_MODELS_HEADER,
+    CERTIFICATE_HEADER,
     SHADOW_HEADER,
     PREFIX_HEADER,
     FALLBACK_HEADER,

@@ -14,6 +14,7 @@ from typing import Any
 
 from services.gateway.clusters import socket_address
 from services.gateway.descriptors import TEXT_SERVICE
+from services.gateway.secrets import between_parts
 from services.gateway.view import View
 
 REPORT_S = 1
@@ -31,12 +32,15 @@ _CHECK = {
 # Envoy reports what it has not asked yet as unhealthy: so many reports do not count.
 SETTLING = 4
 
+_SECURED = {"name": "parts", "match": {}, "transport_socket": between_parts("h2")}
+
 Report = Mapping[str, bool]
 """Whether an endpoint ("host:port") answers."""
 
 
-def checks(view: View) -> dict[str, Any]:
-    """A HealthCheckSpecifier: every inference and every Triton by its own health service."""
+def checks(view: View, *, secured: bool = False) -> dict[str, Any]:
+    """A HealthCheckSpecifier: every inference and every Triton by its own health service. `secured`: as the
+    parts of a suite talk to each other there."""
     asked = {"inference": (view.texts, TEXT_SERVICE), "triton": (view.tritons, "")}
     return {
         "interval": f"{REPORT_S}s",
@@ -45,6 +49,7 @@ def checks(view: View) -> dict[str, Any]:
                 "cluster_name": name,
                 "health_checks": [{**_CHECK, "grpc_health_check": {"service_name": service}}],
                 "locality_endpoints": [{"endpoints": [{"address": socket_address(a)} for a in addresses]}],
+                **({"transport_socket_matches": [_SECURED]} if secured else {}),
             }
             for name, (addresses, service) in asked.items()
             if addresses

@@ -25,6 +25,7 @@ from services.gateway.filters.global_limits import UNREACHABLE
 from services.gateway.filters.local_limits import LIMIT_HEADER, concurrency_refusals
 from services.gateway.headers import OWN_HEADERS
 from services.gateway.routes import OWN_REST, ROUTES
+from services.gateway.secrets import Secrets, downstream
 
 LISTENER = "public"
 
@@ -46,6 +47,7 @@ class Entry:
     jwks: Mapping[str, object]
     traces: str = ""
     cors_origins: tuple[str, ...] = ()
+    secrets: Secrets = field(default_factory=Secrets)
     times: edge.Times = field(default_factory=edge.Times)
     issuers: tuple[Issuer, ...] = ()
     known_clients_only: bool = False
@@ -77,7 +79,12 @@ def listener(entry: Entry) -> dict[str, Any]:
                 },
             }
         }
-    chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+    chain: dict[str, Any] = {
+        "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
+    }
+    if entry.secrets.public is not None:
+        chain["transport_socket"] = downstream(clients=bool(entry.secrets.clients))
+        chain["transport_socket_connect_timeout"] = f"{entry.times.headers:g}s"
     return {
         "name": LISTENER,
         "address": socket_address(entry.listen),

@@ -24,6 +24,7 @@ from services.gateway.listener import Entry, listener
 from services.gateway.progress import NOTHING, Progress
 from services.gateway.resources import Parser, Refused, Resource
 from services.gateway.routes import ROUTES, routes
+from services.gateway.secrets import secrets, secured
 from services.gateway.splits import branch
 from services.gateway.view import Target, View
 
@@ -168,7 +169,7 @@ class Builder:
         if entry.traces:
             made.append(clusters.fixed(clusters.TRACES, entry.traces))
         for cluster, addresses in _clusters(view, entry):
-            made.append(cluster)
+            made.append(secured(cluster) if entry.secrets.own else cluster)
             members.append(clusters.endpoints(cluster["name"], addresses, view.zones, view.unhealthy))
         refused: dict[str, str] = {}
 
@@ -178,7 +179,7 @@ class Builder:
         found = {
             xds.CLUSTER: named(xds.CLUSTER, made),
             xds.ENDPOINTS: named(xds.ENDPOINTS, members, "cluster_name"),
-            xds.SECRETS: {},
+            xds.SECRETS: named(xds.SECRETS, secrets(entry.secrets)),
             xds.LISTENER: named(xds.LISTENER, [self._listener(entry)]),
             xds.EXTENSIONS: named(xds.EXTENSIONS, filters.extensions(view, entry)),
             xds.ROUTES: {ROUTES: self._routed(view, entry)},

@@ -82,10 +82,10 @@ class InferenceSettings(Settings):
 async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(tracing("lingqu-inference", cfg.otlp_endpoint))
-        registry, triton = Registry(cfg.registry), Triton(cfg.triton)
+        registry, triton = Registry(cfg.registry, cfg.identity), Triton(cfg.triton, cfg.identity)
         stack.push_async_callback(registry.close)
         limiters = watched_owners(registry, asyncio.Event())
-        usage = UsageReports(lambda: addresses(limiters.items.values()))
+        usage = UsageReports(lambda: addresses(limiters.items.values()), cfg.identity)
         figures = Figures(stack.enter_context(metering("lingqu-inference", cfg.otlp_endpoint)), usage.charge)
         admission = Admission(min(cfg.slots, cfg.max_sequences), cfg.queue, figures)
         stack.push_async_callback(triton.close)
@@ -139,9 +139,13 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         generation = Generation(admission, Answers(cfg.answers_mib << 20), figures, routing.labels)
         add_InferenceServiceServicer_to_server(Inference(routing, generation, admission), server)
         await stack.enter_async_context(generation.serving(lambda: agent.served))
-        await stack.enter_async_context(serving(server, cfg.inference_listen, [SERVICE], cfg.grace_s))
+        await stack.enter_async_context(
+            serving(server, cfg.inference_listen, [SERVICE], cfg.grace_s, cfg.identity)
+        )
         rest = rest_app(Models(routing, generation.generate, admitted(admission)), tracer, cfg.max_in_flight)
-        await stack.enter_async_context(serving_http(rest, cfg.inference_http_listen, cfg.grace_s))
+        await stack.enter_async_context(
+            serving_http(rest, cfg.inference_http_listen, cfg.grace_s, cfg.identity)
+        )
         # Known to others last, forgotten by them first.
         stack.push_async_callback(registration.withdraw)
         await stack.enter_async_context(background(registration.run()))

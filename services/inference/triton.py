@@ -14,9 +14,11 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
+from services.core import tls
 from services.core.discovery import VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError, QueueFull
 from services.core.lifecycle import CHANNEL_OPTIONS
+from services.core.tls import Identity
 from services.inference.watchdog import Pulse
 
 _DATATYPES = {"int32": "INT32", "int64": "INT64", "float32": "FP32"}
@@ -32,9 +34,9 @@ class LoadFailed(Exception):
 
 
 class Triton:
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, identity: Identity | None = None) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = tls.channel(address, CHANNEL_OPTIONS, identity)
         self._pulses: dict[VersionKey, Pulse] = {}
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 

@@ -13,10 +13,12 @@ import grpc
 
 from lingqu.gateway.v1 import limiter_pb2 as pb
 from lingqu.gateway.v1.limiter_pb2_grpc import LimiterServiceStub
+from services.core import tls
 from services.core.backoff import Backoff
 from services.core.errors import BackendUnavailable
 from services.core.lifecycle import CHANNEL_OPTIONS
 from services.core.tasks import background
+from services.core.tls import Identity
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,9 @@ class UsageReports:
     record. A report keeps its number, so that it is not charged twice. `dropped`: tokens that could not be
     kept."""
 
-    def __init__(self, limiters: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, limiters: Callable[[], Sequence[str]], identity: Identity | None = None) -> None:
         self._limiters = limiters
+        self._identity = identity
         self._used: dict[tuple[str, str], int] = {}
         self._reporter = uuid.uuid4().hex
         self._told = 0
@@ -103,7 +106,7 @@ class UsageReports:
         if self._channel is None or self._channel[0] not in known:
             await self._leave()
             address = known[self._turn % len(known)]
-            self._channel = address, grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            self._channel = address, tls.channel(address, CHANNEL_OPTIONS, self._identity)
         assert self._report is not None  # noqa: S101 - _next has made it
         await LimiterServiceStub(self._channel[1]).ReportUsage(self._report, timeout=TIMEOUT_S)
         self._report = None

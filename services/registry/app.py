@@ -65,7 +65,7 @@ class RegistrySettings(Settings):
 async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(tracing("lingqu-registry", cfg.otlp_endpoint))
-        etcd = Etcd(cfg.etcd)
+        etcd = Etcd(cfg.etcd, cfg.identity)
         stack.push_async_callback(etcd.close)
         mirror, leases, renewals = Mirror(etcd), Leases(etcd), Renewals(etcd)
         catalog, commits, callers = Catalog(mirror), Commits(etcd, mirror), AdmittedCallers(cfg.jwks, mirror)
@@ -94,5 +94,7 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         gc.freeze()
         gc.set_threshold(50_000, 50, 100)
         await stack.enter_async_context(background(leadership.run(), steward.run()))
-        await stack.enter_async_context(serving(server, cfg.registry_listen, SERVICES, cfg.grace_s))
+        await stack.enter_async_context(
+            serving(server, cfg.registry_listen, SERVICES, cfg.grace_s, cfg.identity)
+        )
         yield

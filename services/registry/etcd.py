@@ -17,6 +17,7 @@ from etcd3aio import _protobuf as pb
 
 from services.core.backoff import Backoff
 from services.core.errors import BackendUnavailable, LeaseExpired, LingquError, OutcomeUnknown
+from services.core.tls import Identity
 from services.registry.members import CALL_TIMEOUT_S, METADATA, Members
 
 # A commit whose answer was lost is looked into for this long: an election takes one to two seconds.
@@ -83,8 +84,8 @@ class Etcd:
     Every method raises BackendUnavailable (nothing was changed) while etcd cannot answer. Once no member
     answers, writes fail at once until a `read` or a `watch` has found etcd again."""
 
-    def __init__(self, endpoints: str) -> None:
-        self.members = Members(endpoints)
+    def __init__(self, endpoints: str, identity: Identity | None = None) -> None:
+        self.members = Members(endpoints, identity)
 
     async def close(self) -> None:
         await self.members.close()

@@ -10,8 +10,10 @@ from typing import Any
 import grpc
 from etcd3aio import _protobuf as pb
 
+from services.core import tls
 from services.core.errors import BackendUnavailable, LeaseExpired, LingquError, OutcomeUnknown, StoreFull
 from services.core.lifecycle import CHANNEL_OPTIONS
+from services.core.tls import Identity
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +32,9 @@ _UNTOUCHED = ("failed to connect", "no leader", "too many requests", "proposal d
 class Member:
     """One etcd server and its stubs."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, identity: Identity | None = None) -> None:
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.channel = tls.channel(address, CHANNEL_OPTIONS, identity)
         self.kv: Any = pb.KVStub(self.channel)
         self.lease: Any = pb.LeaseStub(self.channel)
         self.watch: Any = pb.WatchStub(self.channel)
@@ -47,8 +49,8 @@ class Members:
 
     `crowd` is how many clients would come back at the same time; it spreads the retries they are told."""
 
-    def __init__(self, endpoints: str) -> None:
-        self._members = [Member(address.strip()) for address in endpoints.split(",")]
+    def __init__(self, endpoints: str, identity: Identity | None = None) -> None:
+        self._members = [Member(address.strip(), identity) for address in endpoints.split(",")]
         self._at = 0
         self.away = False
         self.crowd = 0

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from services.gateway.filters import access, authentication, global_limits, local_limits, model, versions, web
+from services.gateway.filters import (
+    access,
+    authentication,
+    certificates,
+    global_limits,
+    local_limits,
+    model,
+    versions,
+    web,
+)
 from services.gateway.filters.chain import CHOICE, COMPOSITE, discovered, fixed, typed
 
 if TYPE_CHECKING:
@@ -14,11 +23,14 @@ if TYPE_CHECKING:
 
 def stack(entry: Entry) -> list[dict[str, Any]]:
     """Outermost first."""
+    by_certificate = bool(entry.secrets.clients)
     return [
         # Before keys are asked for: browsers send none when they ask what they may send.
         *([web.cors()] if entry.cors_origins else []),
         web.grpc_web(),
+        *([certificates.named()] if by_certificate else []),
         discovered(authentication.NAME, authentication.TYPE),
+        *([certificates.as_client()] if by_certificate else []),
         web.transcoder(),
         model.of_grpc(),
         model.of_rest(),
@@ -39,7 +51,9 @@ def stack(entry: Entry) -> list[dict[str, Any]]:
 def extensions(view: View, entry: Entry) -> list[dict[str, Any]]:
     """The configurations that may change while the listener stays."""
     made = {
-        authentication.NAME: authentication.authentication(entry.jwks, entry.issuers),
+        authentication.NAME: authentication.authentication(
+            entry.jwks, entry.issuers, by_certificate=bool(entry.secrets.clients)
+        ),
         access.NAME: access.allowed(view.access, known_only=entry.known_clients_only),
     }
     found = [{"name": name, "typed_config": config} for name, config in made.items()]

@@ -9,6 +9,7 @@ from typing import Any
 
 from services.core.identity import AUDIENCE, ISSUER, MODELS_CLAIM
 from services.gateway.descriptors import OPEN_PREFIXES
+from services.gateway.filters import certificates
 from services.gateway.filters.chain import typed
 from services.gateway.headers import CLIENT_HEADER, KEY_HEADER, KEY_MODELS_HEADER
 
@@ -31,8 +32,11 @@ class Issuer:
     clock_skew_s: int = 30
 
 
-def authentication(jwks: Mapping[str, object], others: Sequence[Issuer] = ()) -> dict[str, Any]:
-    """The configuration of `jwt_authn`. The keys of an issuer verify tokens that say they are its own."""
+def authentication(
+    jwks: Mapping[str, object], others: Sequence[Issuer] = (), *, by_certificate: bool = False
+) -> dict[str, Any]:
+    """The configuration of `jwt_authn`. The keys of an issuer verify tokens that say they are its own.
+    `by_certificate`: who is known by a certificate needs none."""
     ours = json.dumps(jwks, sort_keys=True)
     providers = {ISSUER: _provider(ISSUER, (AUDIENCE,), ours, _OF_OURS, 1)}
     for other in others:
@@ -41,7 +45,8 @@ def authentication(jwks: Mapping[str, object], others: Sequence[Issuer] = ()) ->
         providers[f"issuer-{other.name}"] = found
     requirements = [{"provider_name": name} for name in providers]
     needed = {"requires_any": {"requirements": requirements}} if others else requirements[0]
-    rules = [{"match": {"prefix": prefix}} for prefix in OPEN_PREFIXES]
+    rules: list[dict[str, Any]] = [{"match": {"prefix": prefix}} for prefix in OPEN_PREFIXES]
+    rules += [certificates.KNOWN] if by_certificate else []
     return typed(
         TYPE, {"providers": providers, "rules": [*rules, {"match": {"prefix": "/"}, "requires": needed}]}
     )

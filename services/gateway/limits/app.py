@@ -15,6 +15,7 @@ from services.core.discovery import Registry, Watched
 from services.core.errors import BackendUnavailable
 from services.core.limiters import Record, addresses, watched_owners
 from services.core.tasks import background
+from services.core.tls import Identity
 from services.gateway.limits.clock import clock
 from services.gateway.limits.ledger import RegistryLedger
 from services.gateway.limits.limiter import Limiter
@@ -31,12 +32,19 @@ class GlobalLimits:
     """This control plane's part of the global limits. `address` is where others reach it, `changed` is set
     whenever `addresses` may have changed."""
 
-    def __init__(self, registry: Registry, address: str, lease_s: int, changed: asyncio.Event) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        address: str,
+        lease_s: int,
+        changed: asyncio.Event,
+        identity: Identity | None = None,
+    ) -> None:
         moved = _Both(changed)
         self._owners: Watched[Record] = watched_owners(registry, moved)
         self._access: Access | None = None
         self._rules: Rules | None = None
-        self._peers = Peers()
+        self._peers = Peers(identity)
         ledger, known = RegistryLedger(registry), lambda: self._owners.items.values()
         self._shards = Shards(ledger, address, known, moved, clock, lease_s)
         self._limiter = Limiter(self._known_rules, self._shards, self._peers, clock)

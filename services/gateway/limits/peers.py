@@ -9,8 +9,10 @@ import grpc
 
 from lingqu.gateway.v1 import limiter_pb2 as pb
 from lingqu.gateway.v1.limiter_pb2_grpc import LimiterServiceStub
+from services.core import tls
 from services.core.errors import BackendUnavailable
 from services.core.lifecycle import CHANNEL_OPTIONS
+from services.core.tls import Identity
 from services.gateway.limits.questions import Question, to_verdict
 from services.gateway.limits.verdicts import Verdict
 
@@ -26,9 +28,9 @@ class NotOwnerError(Exception):
 class _Peer:
     """One other control plane."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, identity: Identity | None) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = tls.channel(address, CHANNEL_OPTIONS, identity)
         self._stub = LimiterServiceStub(self._channel)
         self._asked: list[tuple[Question, float, asyncio.Future[Verdict]]] = []
         self._waiting = 0
@@ -87,14 +89,15 @@ class _Peer:
 class Peers:
     """A connection to each control plane that was asked and is still there."""
 
-    def __init__(self) -> None:
+    def __init__(self, identity: Identity | None = None) -> None:
         self._peers: dict[str, _Peer] = {}
+        self._identity = identity
 
     async def ask(self, address: str, question: Question, deadline: float) -> Verdict:
         """`deadline` is a time of the event loop. Raises NotOwnerError and BackendUnavailable."""
         peer = self._peers.get(address)
         if peer is None:
-            peer = self._peers[address] = _Peer(address)
+            peer = self._peers[address] = _Peer(address, self._identity)
         return await peer.ask(question, deadline)
 
     async def keep(self, addresses: Iterable[str]) -> None:

@@ -12,10 +12,15 @@ from contextlib import asynccontextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from services.core import tls
+from services.core.tls import Identity
+
 log = logging.getLogger(__name__)
 
 # Longer than the gateway keeps an idle connection (clusters.py), so that it is not the server who ends one.
 IDLE_S = 75
+# How often files of certificates are looked at.
+RENEW_S = 1.0
 
 
 class _Server(uvicorn.Server):
@@ -26,9 +31,11 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving_http(app: ASGIApp, listen: str, grace_s: float) -> AsyncIterator[str]:
+async def serving_http(
+    app: ASGIApp, listen: str, grace_s: float, identity: Identity | None = None
+) -> AsyncIterator[str]:
     """Serve `app` on `listen` until the end of the block; what is in progress then may go on for `grace_s`.
-    Yields the address. Raises OSError if it is taken."""
+    With an identity only other parts are answered. Yields the address. Raises OSError if it is taken."""
     bound = _bound(listen)
     config = uvicorn.Config(
         app,
@@ -42,8 +49,12 @@ async def serving_http(app: ASGIApp, listen: str, grace_s: float) -> AsyncIterat
         timeout_graceful_shutdown=max(1, round(grace_s)),
         loop="none",
     )
+    if identity is not None:
+        config.load()
+        config.ssl = tls.server_context(identity)
     server = _Server(config)
     running = asyncio.create_task(server.serve([bound]), name="rest")
+    renewing = asyncio.create_task(_renew(config, identity), name="rest-certificate")
     host, port = bound.getsockname()[:2]
     try:
         while not server.started:
@@ -53,8 +64,23 @@ async def serving_http(app: ASGIApp, listen: str, grace_s: float) -> AsyncIterat
             await asyncio.sleep(0.01)
         yield f"{host}:{port}"
     finally:
+        renewing.cancel()
         server.should_exit = True
         await running
+
+
+async def _renew(config: uvicorn.Config, identity: Identity | None) -> None:
+    if identity is None or config.ssl is None:
+        return
+    seen = identity.written
+    while True:
+        await asyncio.sleep(RENEW_S)
+        try:
+            if (written := identity.written) != seen:
+                tls.renew(config.ssl, identity)
+                seen = written
+        except OSError as err:
+            log.warning("the certificate in use stays, the new one cannot be read: %s", err)
 
 
 def _bound(listen: str) -> socket.socket:

@@ -1,0 +1,98 @@
+"""Who a part is to the other parts: mutual TLS for every connection between them, with certificates of one CA
+that signs nobody else's. Without an identity connections are plain, for parts that share a machine or a mesh.
+
+Servers look at their files at every handshake, so that a certificate that was renewed is used without a
+restart; connections that are there go on. A client reads its files once, when it makes a channel."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+log = logging.getLogger(__name__)
+
+Options = Sequence[tuple[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """PEM files: a certificate (chain), its key, and the CA of the parts."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """Certificate, key, CA. Raises OSError."""
+        return self.certificate.read_bytes(), self.key.read_bytes(), self.ca.read_bytes()
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Changes when a file does."""
+        return tuple(path.stat().st_mtime_ns for path in (self.certificate, self.key, self.ca))
+
+
+def channel(address: str, options: Options, identity: Identity | None = None) -> grpc.aio.Channel:
+    """To another part, whose certificate has to name the address that is dialled."""
+    if identity is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    certificate, key, ca = identity.read()
+    credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def listen(server: grpc.aio.Server, address: str, identity: Identity | None = None) -> int:
+    """Adds a port to a server; with an identity only for callers that have one, too. Raises RuntimeError if
+    it is taken, OSError if a file cannot be read."""
+    if identity is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, _server_credentials(identity))
+
+
+def server_context(identity: Identity) -> ssl.SSLContext:
+    """The same for servers of HTTP/1.1; `renew` it from time to time."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    renew(context, identity)
+    return context
+
+
+def renew(context: ssl.SSLContext, identity: Identity) -> None:
+    """Handshakes from now on use what is in the files now. Raises OSError, ssl.SSLError among them."""
+    context.load_cert_chain(identity.certificate, identity.key)
+    context.load_verify_locations(identity.ca)
+
+
+def _server_credentials(identity: Identity) -> grpc.ServerCredentials:
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        certificate, key, ca = identity.read()
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], ca)
+
+    seen = identity.written
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        """None: nothing has changed. What cannot be read, half written perhaps, is tried the next time."""
+        nonlocal seen
+        try:
+            written = identity.written
+            if written == seen:
+                return None
+            made = configuration()
+        except (OSError, ValueError) as err:
+            log.warning("the certificate in use stays, the new one cannot be read: %s", err)
+            return None
+        seen = written
+        return made
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(),
+        renewed,  # type: ignore[arg-type] # None is what grpc's documentation asks for
+        require_client_authentication=True,
+    )

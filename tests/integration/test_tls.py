@@ -1,0 +1,237 @@
+"""TLS at a real Envoy with a real ADS server: towards clients, between the parts, and certificates that are
+renewed while streams go on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from cryptography import x509
+from envoy.service.discovery.v3 import ads_pb2_grpc
+
+from deploy.local.layout import ENVOY_ADMIN, PUBLIC, Layout
+from lingqu.inference.v1 import inference_pb2 as pb
+from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from services.core import tls
+from services.core.authority import Authority
+from services.core.tls import Identity
+from services.gateway.ads import Ads, Snapshots
+from services.gateway.bootstrap import bootstrap
+from services.gateway.keys import KeyRing
+from services.gateway.listener import Entry
+from services.gateway.secrets import SecretFiles, secret_files
+from services.gateway.snapshot import snapshot
+from tests import gateways
+from tests.conftest import free_offset
+from tests.gateways import TEXT, Backend
+from tests.waiting import until
+
+HOSTS = ("127.0.0.1", "localhost")
+
+
+@dataclass
+class Suite:
+    """An Envoy, its control plane and a backend, with certificates of `parts`; clients' are of `clients`."""
+
+    folder: Path
+    address: str
+    upstream: str
+    parts: Authority
+    clients: Authority
+    files: SecretFiles
+    backend: Backend
+    entry: Entry
+    snapshots: Snapshots
+    key: str
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.key}"),)
+
+    async def publish(self) -> None:
+        self.entry = replace(self.entry, secrets=self.files.read())
+        await self.snapshots.publish(snapshot(gateways.seen(self.upstream), self.entry))
+
+    @asynccontextmanager
+    async def stub(self, own: tuple[Path, Path] | None = None) -> AsyncIterator[Any]:
+        certificate, key = (path.read_bytes() for path in own) if own else (None, None)
+        credentials = grpc.ssl_channel_credentials(self.parts.certificate.read_bytes(), key, certificate)
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.secure_channel(self.address, credentials, options=options) as channel:
+            yield InferenceServiceStub(channel)
+
+    async def serial(self) -> int:
+        """Of the certificate that a new connection gets."""
+        context = ssl.create_default_context(cafile=str(self.parts.certificate))
+        host, port = self.address.split(":")
+        _, writer = await asyncio.open_connection(host, int(port), ssl=context)
+        found: Any = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.close()
+        return x509.load_der_x509_certificate(found).serial_number
+
+    async def serves(self) -> bool:
+        async with self.stub() as stub:
+            try:
+                await stub.Generate(
+                    pb.GenerateRequest(model=TEXT, prompt="x"), metadata=self.metadata, timeout=2
+                )
+            except grpc.aio.AioRpcError:
+                return False
+            return True
+
+
+def identity(parts: Authority, folder: Path, name: str) -> Identity:
+    path, key = parts.issue(folder / f"{name}.pem", f"spiffe://lingqu/{name}", HOSTS)
+    return Identity(path, key, parts.certificate)
+
+
+@pytest.fixture(scope="module")
+async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
+    folder = tmp_path_factory.mktemp("tls")
+    layout = Layout(folder, free_offset())
+    parts, clients = Authority.at(folder / "ca"), Authority.at(folder / "ca", "clients")
+    own = identity(parts, folder, "gateway")
+    public = parts.issue(folder / "public.pem", hosts=HOSTS)
+    backend, snapshots, keys = Backend(), Snapshots(), KeyRing.at(folder / "key.pem")
+    control = grpc.aio.server()
+    ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(Ads(snapshots), control)
+    port = tls.listen(control, "127.0.0.1:0", own)
+    await control.start()
+    (folder / "sds").mkdir()
+    for name, body in secret_files(own).items():
+        (folder / "sds" / name).write_text(json.dumps(body))
+    address = f"127.0.0.1:{port}"
+    boot = bootstrap("test", address, layout.address(ENVOY_ADMIN), secrets=folder / "sds")
+    entry = Entry(layout.address(PUBLIC), address, keys.jwks())
+    async with (
+        gateways.serving(backend, identity(parts, folder, "inference")) as upstream,
+        gateways.envoy_running(layout, boot),
+    ):
+        suite = Suite(
+            folder, entry.listen, upstream, parts, clients, SecretFiles(public, clients.certificate, own),
+            backend, entry, snapshots, keys.mint("tester").key,
+        )  # fmt: skip
+        await suite.publish()
+        await until(suite.serves, f"Envoy serves: {folder}/envoy.log")
+        yield suite
+    await control.stop(0)
+
+
+async def test_what_is_plain_is_not_answered(suite: Suite) -> None:
+    async with grpc.aio.insecure_channel(suite.address) as channel:
+        stub: Any = InferenceServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Generate(
+                pb.GenerateRequest(model=TEXT, prompt="x"), metadata=suite.metadata, timeout=5
+            )
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_parts_answer_nobody_without_a_certificate(suite: Suite) -> None:
+    ca = suite.parts.certificate.read_bytes()
+    client = suite.clients.issue(suite.folder / "client.pem", common_name="mallory")
+    stranger = grpc.ssl_channel_credentials(ca, client[1].read_bytes(), client[0].read_bytes())
+    for credentials in (grpc.ssl_channel_credentials(ca), stranger):
+        async with grpc.aio.secure_channel(suite.upstream, credentials) as channel:
+            stub: Any = InferenceServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Generate(pb.GenerateRequest(model=TEXT, prompt="x"), timeout=5)
+            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"uri": "spiffe://example.org/team/ns/alice", "common_name": "x"}, "alice"),
+        ({"common_name": "bob"}, "bob"),
+        ({"hosts": ("carol.example.org",), "common_name": "no name: has spaces"}, "carol.example.org"),
+    ],
+)
+async def test_a_client_may_be_known_by_its_certificate(
+    suite: Suite, names: dict[str, Any], expected: str
+) -> None:
+    own = suite.clients.issue(suite.folder / "known.pem", **names)
+    suite.backend.asked.clear()
+    async with suite.stub(own) as stub:
+        request = pb.GenerateRequest(model=TEXT, prompt="x")
+        await stub.Generate(request, metadata=(("x-lingqu-client", "boss"),))
+        await stub.Generate(request, metadata=suite.metadata)  # with a key, it is the key's
+    assert [headers["x-lingqu-client"] for _, headers in suite.backend.asked] == [expected, "tester"]
+
+
+async def test_certificates_that_say_nothing_of_a_client_do_not_count(suite: Suite) -> None:
+    nameless = suite.clients.issue(suite.folder / "nameless.pem", common_name="../../etc")
+    request = pb.GenerateRequest(model=TEXT, prompt="x")
+    for own in (None, nameless):
+        async with suite.stub(own) as stub:
+            for metadata in ((), (("x-lingqu-client", "boss"),)):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await stub.Generate(request, metadata=metadata, timeout=5)
+                assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Generate(request, metadata=(("authorization", "Bearer nonsense"),), timeout=5)
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_part_is_no_client(suite: Suite) -> None:
+    own = suite.parts.issue(suite.folder / "part.pem", "spiffe://lingqu/boss", HOSTS)
+    async with suite.stub(own) as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Generate(pb.GenerateRequest(model=TEXT, prompt="x"), timeout=5)
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_certificates_are_renewed_while_a_stream_goes_on(suite: Suite) -> None:
+    """The public one, Envoy's own and the backend's."""
+    suite.backend.hold.clear()
+    before = await suite.serial()
+    async with suite.stub() as stub:
+        call = stub.StreamGenerate(pb.GenerateRequest(model=TEXT, prompt="one two"), metadata=suite.metadata)
+        assert (await call.read()).text == "one"
+        suite.parts.issue(suite.folder / "public.pem", hosts=HOSTS)
+        for part in ("gateway", "inference"):
+            identity(suite.parts, suite.folder, part)
+        await suite.publish()
+
+        async def renewed() -> bool:
+            return await suite.serial() != before
+
+        await until(renewed, "new connections get the new certificate")
+        assert await suite.serves()
+        suite.backend.hold.set()
+        assert (await call.read()).text == "two"
+        assert await call.code() == grpc.StatusCode.OK
+
+
+async def test_a_server_uses_what_its_files_say_now(tmp_path: Path) -> None:
+    parts = Authority.at(tmp_path)
+    own, caller = identity(parts, tmp_path, "inference"), identity(parts, tmp_path, "gateway")
+    backend = Backend()
+    async with gateways.serving(backend, own) as address:
+
+        async def presented() -> int:
+            context = ssl.create_default_context(cafile=str(parts.certificate))
+            context.load_cert_chain(caller.certificate, caller.key)
+            host, port = address.split(":")
+            _, writer = await asyncio.open_connection(host, int(port), ssl=context)
+            found: Any = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            writer.close()
+            return x509.load_der_x509_certificate(found).serial_number
+
+        first = await presented()
+        assert await presented() == first
+        own.certificate.write_bytes(b"half wri")
+        assert await presented() == first
+        identity(parts, tmp_path, "inference")
+        assert await presented() != first
+        async with tls.channel(address, [], caller) as channel:
+            stub: Any = InferenceServiceStub(channel)
+            assert (await stub.Generate(pb.GenerateRequest(model=TEXT, prompt="x"))).text == "x"
