@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import grpc
 import jwt
@@ -27,6 +28,8 @@ from bench.http2 import DATA, END_HEADERS, END_STREAM, HEADERS, PREFACE, SETTING
 from services.core.access import Access, Client
 from services.core.errors import InvalidInput, ModelNotFound
 from services.core.identity import AUDIENCE, ISSUER
+from services.gateway.filters.authentication import Issuer
+from services.gateway.keys import KeyRing
 from services.inference.callers import routed_version
 from tests.gates import CHAT, GENERATE, INFER, STREAM, Calls, Gate, field_of, gate, signed
 from tests.waiting import until
@@ -34,14 +37,16 @@ from tests.waiting import until
 ALLOWED, SECRET = "alone", "secret"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["", "pinned"])
+@pytest.fixture(scope="module", params=[False, True], ids=["", "pinned, another issuer"])
 async def entry(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Gate]:
     """Client "tester" may call one model of two. Pinned: tensor requests are given a version on their way."""
     access = Access((Client("tester", (ALLOWED,)),))
     folder = tmp_path_factory.mktemp("attacks")
-    async with gate(folder, (ALLOWED, SECRET), access, pinned=request.param) as found:
+    other = KeyRing([Ed25519PrivateKey.generate()]).jwks()
+    issuers = (Issuer("corp", "https://id", ("lingqu",), json.dumps(other)),) if request.param else ()
+    async with gate(folder, (ALLOWED, SECRET), access, pinned=request.param, issuers=issuers) as found:
         yield found
 
 
@@ -132,6 +137,22 @@ async def test_no_forged_key_works(entry: Gate) -> None:
         status = await answered(entry, f"POST {CHAT}", f"authorization: Bearer {key}")
         assert status == (403 if denied else 401), what
     assert await Calls(entry.address, signed(entry.keys)).grpc(INFER, field_of(1, b"alone")) == ("OK", "")
+
+
+async def test_a_refused_key_is_told_why(entry: Gate) -> None:
+    now = int(time.time())
+    for key, words in {
+        signed(entry.keys, exp=now - 60): "the key has expired",
+        signed(entry.keys, nbf=now + 600): "the key is not valid yet",
+        signed(entry.keys, aud="others"): "the key is not for this suite",
+        signed(entry.keys, iss="somebody"): "of another issuer",
+        "nonsense": "malformed",
+    }.items():
+        async with grpc.aio.insecure_channel(entry.address) as channel:
+            call: Any = channel.unary_unary(INFER)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call(b"", metadata=(("authorization", f"Bearer {key}"),), timeout=10)
+            assert words in str(refused.value.details())
 
 
 async def test_a_key_in_a_url_or_elsewhere_is_no_key(entry: Gate) -> None:
@@ -304,6 +325,37 @@ async def test_headers_of_the_suite_are_not_the_clients_to_set(entry: Gate) -> N
     assert call.headers["x-lingqu-model"] == ALLOWED
     assert call.headers["x-lingqu-key"] == "k1"
     assert "x-lingqu-key-models" not in call.headers
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "connection: close, x-lingqu-client, x-lingqu-model",
+        "te: x-lingqu-client",
+        "x_lingqu_client: root",
+        "x-lingqu-client : root",
+        "x-lingqu-client\t: root",
+        " x-lingqu-client: root",
+        "x-lingqu-client:\r\n root",
+        "X-LINGQU-CLIENT: root\r\nx-lingqu-client: other",
+        "x-http-method-override: GET",
+        "x-original-url: /v1/models",
+        "x-envoy-original-path: /v1/models",
+        "x-forwarded-client-cert: By=root",
+    ],
+)
+async def test_no_header_hides_who_asks(entry: Gate, header: str) -> None:
+    entry.rest.calls.clear()
+    status = await answered(entry, f"POST {CHAT}", f"authorization: Bearer {signed(entry.keys)}", header)
+    if status == 200:
+        (call,) = entry.rest.calls
+        assert call.path == CHAT
+        assert call.headers["x-lingqu-client"] == "tester"
+        assert call.headers["x-lingqu-model"] == ALLOWED
+        assert "root" not in str(call.headers)
+    else:
+        assert status in (400, 401)
+        assert not entry.rest.calls
 
 
 # --- Streams ------------------------------------------------------------------------------------------
