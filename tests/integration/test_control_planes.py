@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import pytest
@@ -221,3 +223,36 @@ async def test_a_poisoned_record_stops_nobody_elses_changes(site: Site) -> None:
     state = await until_synced(control)
     assert not state.data_planes[0].rejections
     assert await gate.ask("m") == "b"
+
+
+async def test_a_breaker_that_opens_is_described_and_routed_by(site: Site) -> None:
+    class Broken(Backend):
+        async def Generate(
+            self, request: object, context: grpc.aio.ServicerContext[object, object]
+        ) -> NoReturn:
+            self.calls += 1
+            await context.abort(grpc.StatusCode.INTERNAL, "broken")
+
+    broken = Broken("broken")
+    await broken.start()
+    record = model("m", {1: 100})
+    record.policy.protection.breaker_min_requests = 5
+    await site.registry.put(record, instance("a", broken.address, ("m", 1)))
+    control = await site.control()
+    gate = await site.envoy(control)
+    await until_synced(control)
+
+    async def opened() -> str:
+        await asyncio.gather(*(gate.answered("m") for _ in range(5)))
+        breaker = (await control.described()).routes[0].breaker
+        return breaker.reason if breaker.state == breaker.STATE_OPEN else ""
+
+    assert "requests failed" in await until(opened, "the breaker opens")
+
+    async def refused() -> bool:
+        calls = broken.calls
+        await gate.answered("m")
+        return broken.calls == calls
+
+    await until(refused, "nothing reaches the replica")
+    await broken.stop()

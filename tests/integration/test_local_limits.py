@@ -220,3 +220,29 @@ async def test_how_urgent_a_client_may_be_is_told_to_inference(gate: Plane, back
         assert (await call).text == backend.address
         assert backend.headers.get("x-lingqu-max-priority") == most
         assert "x-lingqu-fallback" not in backend.headers
+
+
+async def test_what_is_in_progress_outlives_a_change_of_its_limit(gate: Plane, backend: Backend) -> None:
+    """It is not counted by the new one, which admits exactly as many beside it."""
+    go = asyncio.Event()
+
+    async def wait(_: object) -> None:
+        await go.wait()
+
+    backend.before = wait
+
+    def client(number: int) -> Client:
+        return Client("c", ("*",), Limits(concurrent_requests=number))
+
+    await limited(gate, backend, client(3))
+    caller = await gate.caller("c")
+    first = [asyncio.ensure_future(caller.ask("m")) for _ in range(5)]
+    await until(lambda: backend.busy == 3, "three are in progress")
+    await limited(gate, backend, client(2))
+    second = [asyncio.ensure_future(caller.ask("m")) for _ in range(5)]
+    await until(lambda: backend.busy == 5, "two more are")
+    go.set()
+    assert counted(await asyncio.gather(*first)) == {grpc.StatusCode.OK: 3, EXHAUSTED: 2}
+    assert counted(await asyncio.gather(*second)) == {grpc.StatusCode.OK: 2, EXHAUSTED: 3}
+    backend.before = asleep
+    assert counted(await caller.ask_often("m", 6)) == {grpc.StatusCode.OK: 2, EXHAUSTED: 4}
