@@ -212,6 +212,7 @@ class DataPlane:
         self._ads = ads
         self._entry = entry
         self.health = health
+        self.view = View((), ())
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
         self.channel = grpc.aio.insecure_channel(self.address, options=options)
         self.text: Any = InferenceServiceStub(self.channel)
@@ -226,6 +227,7 @@ class DataPlane:
     async def publish(self, replicas: Iterable[Replica], models: Iterable[Model], **more: Any) -> View:
         now = view(replicas, models, **{"unhealthy": self.health.unhealthy, **more})
         self.health.watch(now)
+        self.view = now
         made = snapshot(now, self._entry)
         await self._snapshots.publish(made)
         await until(lambda: self._synced(made.version), f"Envoy has {made.version}", every_s=0.01)

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 import lingqu
-from lingqu.cli import clients, keys, limits, models, registry, releases, rollouts, sizes, suite, tasks, text
+from lingqu.cli import (
+    clients,
+    keys,
+    limits,
+    models,
+    registry,
+    releases,
+    rollouts,
+    routes,
+    sizes,
+    suite,
+    tasks,
+    text,
+)
 from lingqu.cli.connection import Suite
 
 app = typer.Typer(
@@ -63,6 +76,7 @@ app.command()(tasks.answer)
 app.command()(tasks.score)
 app.command()(tasks.tokenize)
 app.command()(suite.instances)
+app.command()(routes.drain)
 for command in (
     releases.traffic,
     releases.promote,
@@ -80,6 +94,7 @@ app.add_typer(clients.app, name="clients")
 app.add_typer(limits.app, name="limits")
 app.add_typer(keys.app, name="keys")
 app.add_typer(registry.app, name="registry")
+app.add_typer(routes.app, name="routes")
 
 
 def main() -> None:

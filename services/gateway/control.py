@@ -19,6 +19,7 @@ from services.core.discovery import Model, Registry, Replica, Watched
 from services.core.tasks import background
 from services.gateway.ads import Rejection, Snapshots
 from services.gateway.figures import REFUSED, Figures
+from services.gateway.filters import stack
 from services.gateway.hds import HealthDiscovery
 from services.gateway.judge import Judge
 from services.gateway.listener import Entry
@@ -98,6 +99,11 @@ class ControlPlane:
     def gateways(self) -> tuple[Replica, ...]:
         """The control planes that are alive, this one too if it is registered."""
         return tuple(sorted(self._gateways.items.values(), key=lambda g: g.id))
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """Names of what every request passes, outermost first."""
+        return tuple(found["name"] for found in stack(self._entry()))
 
     def watches(self) -> AbstractAsyncContextManager[None]:
         return background(

@@ -13,6 +13,7 @@ from services.core.access import Access, Client, Limits
 from services.core.discovery import Model
 from services.core.errors import (
     BackendUnavailable,
+    BreakerOpen,
     ClientDisabled,
     InvalidInput,
     LingquError,
@@ -21,6 +22,7 @@ from services.core.errors import (
     VersionNotServed,
 )
 from services.core.patterns import matches
+from services.gateway import breakers
 from services.gateway.clusters import SHADOW, backends
 from services.gateway.headers import SESSION_HEADER, WANTED_HEADER
 from services.gateway.view import Target, View
@@ -77,6 +79,8 @@ def explain(view: View, question: Question) -> Explanation:
         return Explanation(str(refusal), refusal=refusal)
     limits = tuple(_limits(view.access, question.client, name))
     reached = found.choices
+    if not reached:
+        return Explanation(found.rule, refusal=BreakerOpen("the breakers of all versions are open"))
     if not any(choice.endpoints for choice in reached):
         gone = BackendUnavailable("no replica can answer at the moment")
         return Explanation(found.rule, reached, gone, found.copies, "", limits)
@@ -130,12 +134,18 @@ def _chosen(model: Model, targets: list[Target], kind: str, wanted: str) -> Expl
         target = numbers.get(number)
         if target is None or (wanted.isdigit() and str(number) != wanted):
             raise VersionNotServed(model.name, wanted)
+        if target.admits == 0:
+            raise BreakerOpen(f"the breaker of version {number} is open")
         means = f'"{wanted}", which is version {number}' if not wanted.isdigit() else f"version {number}"
         return Explanation(f"it asks for {means}", (_choice(target, kind, 1.0),))
     shared = [target for target in targets if target.percent]
-    total = sum(target.percent for target in shared)
-    choices = tuple(_choice(target, kind, target.percent / total) for target in shared)
-    rule = "the model's shares: " + ", ".join(f"v{t.version} {100 * t.percent / total:.4g} %" for t in shared)
+    got, refused = breakers.shares((target.percent, target.admits) for target in shared)
+    total = sum(got) + refused
+    choices = tuple(_choice(t, kind, part / total) for t, part in zip(shared, got, strict=True) if part)
+    parts = zip(shared, got, strict=True)
+    rule = "the model's shares: " + ", ".join(f"v{t.version} {100 * part / total:.4g} %" for t, part in parts)
+    if refused:
+        rule += f"; breakers refuse {100 * refused / total:.4g} %"
     left = [str(v) for v, _ in model.weights if v not in {t.version for t in shared}]
     if left:
         rule += f"; no replica has version {', '.join(left)} ready, so the others get its share"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -14,9 +15,11 @@ from services.core.errors import PermissionDenied
 from services.core.identity import Caller
 from services.core.interceptors import Context
 from services.gateway.accounts import Accounts
+from services.gateway.admin import Conditions, conditions
 from services.gateway.ads import DataPlane
-from services.gateway.breakers import Breaker, Phase
 from services.gateway.control import ControlPlane
+from services.gateway.convert import to_explanation, to_question, to_routes
+from services.gateway.explain import explain
 from services.gateway.issuers import Issuers
 from services.gateway.keys import TTL_DEFAULT_S, PublicKey
 
@@ -99,20 +102,12 @@ class Gateway(GatewayServiceServicer):
         self._admin(context)
         version, view, connected = self._control.state()
         current = self._control.snapshots.current
+        routes, named = to_routes(view, self._control.judge.breakers.of, await self._seen(), request.model)
         return pb.DescribeRoutesResponse(
             version=version,
             registry_connected=connected,
-            routes=[
-                pb.ModelRoute(
-                    model=target.model,
-                    version=target.version,
-                    percent=target.percent,
-                    text_endpoints=target.text_endpoints,
-                    tensor_endpoints=target.tensor_endpoints,
-                    breaker=_breaker(self._control.judge.breakers.of(target.model, target.version)),
-                )
-                for target in view.targets
-            ],
+            routes=routes,
+            named_routes=named,
             data_planes=[_data_plane(plane) for plane in self._planes()],
             refused=current.refused if current else {},
             control_planes=[
@@ -120,6 +115,19 @@ class Gateway(GatewayServiceServicer):
                 for one in self._control.gateways
             ],
         )
+
+    async def ExplainRoute(
+        self, request: pb.ExplainRouteRequest, context: Context
+    ) -> pb.ExplainRouteResponse:
+        self._admin(context)
+        _, view, _ = self._control.state()
+        return to_explanation(explain(view, to_question(request)), self._control.filters)
+
+    async def _seen(self) -> dict[str, Conditions]:
+        """What the Envoys on this machine say of their endpoints."""
+        planes = [plane for plane in self._planes() if plane.admin]
+        told = await asyncio.gather(*(conditions(plane.node_id, plane.admin) for plane in planes))
+        return {p.node_id: found for p, found in zip(planes, told, strict=True) if found is not None}
 
     def _admin(self, context: Context) -> tuple[Caller, str]:
         """Who calls, and the `authorization` it called with. Raises Unauthenticated, PermissionDenied."""
@@ -173,12 +181,3 @@ def _data_plane(plane: DataPlane) -> pb.DataPlane:
         ],
         ahead=plane.ahead,
     )
-
-
-def _breaker(of: Breaker) -> pb.Breaker:
-    states = {
-        Phase.CLOSED: pb.Breaker.STATE_CLOSED,
-        Phase.OPEN: pb.Breaker.STATE_OPEN,
-        Phase.HALF_OPEN: pb.Breaker.STATE_HALF_OPEN,
-    }
-    return pb.Breaker(state=states[of.phase], reason=of.reason)

@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from services.core.access import Access
@@ -98,7 +98,7 @@ def view(
         weighted = [t for t in found if t.percent]
         able = [t for t in weighted if t.text_endpoints or t.tensor_endpoints] or weighted
         targets += able
-        named += [t for t in found if t not in able]
+        named += [replace(t, percent=0) for t in found if t not in able]
     return View(
         tuple(targets),
         _endpoints(alive, "oip"),

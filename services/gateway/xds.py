@@ -20,6 +20,7 @@ from envoy.extensions.filters.http.grpc_web.v3 import grpc_web_pb2  # noqa: F401
 from envoy.extensions.filters.http.header_mutation.v3 import (
     header_mutation_pb2 as http_mutation_pb2,  # noqa: F401
 )
+from envoy.extensions.filters.http.health_check.v3 import health_check_pb2  # noqa: F401
 from envoy.extensions.filters.http.json_to_metadata.v3 import (
     json_to_metadata_pb2,  # noqa: F401
 )

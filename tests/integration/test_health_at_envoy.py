@@ -8,7 +8,11 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
+import httpx2 as httpx
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from lingqu.inference.v1 import inference_pb2 as pb
 from services.core.discovery import Model, Replica
@@ -148,3 +152,34 @@ async def test_envoy_tells_what_it_thinks_of_its_endpoints(tmp_path: Path, hosts
         assert [told["text/m/1"][address].healthy for address in at] == [False, True, True]
         assert await conditions("another", plane.admin) is None
         assert await conditions("test", "127.0.0.1:1") is None
+
+
+async def test_a_drained_gateway_fails_its_health_check_and_cuts_nothing(
+    tmp_path: Path, hosts: list[FakeReplica]
+) -> None:
+    async with dataplane(tmp_path) as plane, httpx.AsyncClient(trust_env=False) as admin:
+        await plane.publish([hosts[0].hosting(M)], MODELS)
+        request = pb.GenerateRequest(model="m", prompt="x")
+        call = plane.text.StreamGenerate(request, metadata=plane.metadata, timeout=20)
+        heard = aiter(call)
+        await anext(heard)
+
+        async def code() -> grpc.StatusCode:
+            """Of the public port's health; UNIMPLEMENTED where the question reaches this control plane."""
+            async with grpc.aio.insecure_channel(plane.address) as channel:
+                check = HealthStub(channel).Check(HealthCheckRequest(), timeout=5)  # type: ignore[misc]
+                try:
+                    await check
+                except grpc.aio.AioRpcError as error:
+                    return error.code()
+                return grpc.StatusCode.OK
+
+        assert await code() == grpc.StatusCode.UNIMPLEMENTED
+        await admin.post(f"http://{plane.admin}/healthcheck/fail")
+        assert await code() == grpc.StatusCode.UNAVAILABLE
+        assert (await plane.generate("m")).text == "a"  # whoever still comes is served
+        assert [(await anext(heard)).text[:2] for _ in range(10)] == ["a "] * 10
+        await admin.post(f"http://{plane.admin}/healthcheck/ok")
+        assert await code() == grpc.StatusCode.UNIMPLEMENTED
+        hosts[0].release.set()
+        assert [chunk.text async for chunk in heard][-1] == "end"

@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from tritonclient.grpc import service_pb2 as oip
 
+from services.gateway.explain import Question, explain
 from tests.dataplane import DataPlane, FakeReplica, dataplane, model, replicas
 
 # One in a thousand runs would be unlucky with a right split.
@@ -179,3 +180,18 @@ async def test_nobody_passes_for_the_gateway(plane: DataPlane, gate: Any) -> Non
     (seen,) = gate[1][0].seen
     assert seen.headers["x-lingqu-model-version"] == "1"
     assert "x-lingqu-shadow" not in seen.headers
+
+
+async def test_explanations_say_what_envoy_does(plane: DataPlane, gate: Any) -> None:
+    cases: list[tuple[str, dict[str, str]]] = [
+        ("m@1", {}), ("m@canary", {}), ("m", {"lingqu-version": "2"}), ("m@7", {}), ("m@", {}), ("x", {}),
+        ("m@1", {"lingqu-version": "2"}), ("m@away", {}),
+    ]  # fmt: skip
+    for name, headers in cases:
+        found = explain(plane.view, Question("tester", name, headers))
+        call = plane.generate(name, **{k.replace("-", "_"): v for k, v in headers.items()})
+        if found.refusal is None:
+            (choice,) = found.choices
+            assert (await call).model_version == str(choice.version)
+        else:
+            assert (await refusal(call))[:2] == (found.refusal.code, found.refusal.reason)

@@ -151,6 +151,19 @@ def test_a_split_compares_one_random_number_with_growing_sums() -> None:
     assert shares == [("tensor/m/1", 500_000), ("tensor/m/2", 800_000), ("tensor/m/3", 1_000_000)] * 2
 
 
+def test_a_version_without_replicas_leaves_its_share_to_the_others_on_every_path() -> None:
+    versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "generate", "x") for n in (1, 2))
+    at = {"grpc": "10.0.0.1:1", "oip": "10.0.0.1:2", "http": "10.0.0.1:3"}
+    replica = Replica("r", "inference", at, (Hosted(versions[0].key, READY),))
+    made = snapshot(view([replica], [Model("m", versions, ((1, 50), (2, 50)))]), ENTRY)
+    shared = [
+        r["route"]["cluster"] for r in routes_of(made) if "/m/" in r.get("route", {}).get("cluster", "")
+    ]
+    assert {cluster.rpartition("/")[2] for cluster in shared} == {"1"}
+    named = {r["route"]["cluster"] for r in routes_of(made, named=True)}
+    assert "text/m/2" in named  # who asks for it is told that it is away
+
+
 def test_rest_is_split_as_grpc_is_and_told_its_version() -> None:
     versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "generate", "x") for n in (1, 2))
     made = snapshot(view([], [Model("m", versions, ((1, 90), (2, 10)))]), ENTRY)

@@ -28,6 +28,7 @@ def stack(entry: Entry) -> list[dict[str, Any]]:
         # Before keys are asked for: browsers send none when they ask what they may send.
         *([web.cors()] if entry.cors_origins else []),
         web.grpc_web(),
+        _health(),
         *([certificates.named()] if by_certificate else []),
         discovered(authentication.NAME, authentication.TYPE),
         *([certificates.as_client()] if by_certificate else []),
@@ -46,6 +47,15 @@ def stack(entry: Entry) -> list[dict[str, Any]]:
         model.scripts(),
         fixed("router", typed("router.v3.Router", {"suppress_envoy_headers": True})),
     ]
+
+
+def _health() -> dict[str, Any]:
+    """Answers 503 to who asks whether the entry is well, once Envoy was told to fail its health check
+    (`lingqu drain gateway`); otherwise the question goes on to the control plane."""
+    path = {"name": ":path", "string_match": {"exact": "/grpc.health.v1.Health/Check"}}
+    return fixed(
+        "health_check", typed("health_check.v3.HealthCheck", {"pass_through_mode": True, "headers": [path]})
+    )
 
 
 def extensions(view: View, entry: Entry) -> list[dict[str, Any]]:
