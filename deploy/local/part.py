@@ -41,6 +41,8 @@ class Part:
     stop_timeout_s: float = 8.0
     prepare: Callable[[], None] | None = None
     """Called before every start."""
+    drain: Callable[[], Awaitable[None]] | None = None
+    """Called before it is asked to end, so that what is in progress comes to its end."""
     leftovers: str = ""
     """Absolute pattern of files that a killed process of the part leaves behind; they are removed."""
 
@@ -95,6 +97,8 @@ class Running:
     async def stop(self) -> None:
         """Ask it to end; after stop_timeout_s, or if stop is cancelled, make it end."""
         try:
+            if self.part.drain is not None and self.returncode is None:
+                await self.part.drain()
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
             async with asyncio.timeout(self.part.stop_timeout_s):

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from deploy.local import certificates, hardware, triton
 from deploy.local import layout as at
+from deploy.local.drain import drain
 from deploy.local.layout import Layout
 from deploy.local.part import Part, grpc_ready, http_ready
 from services.core.tls import Identity
@@ -21,6 +22,10 @@ from services.gateway.bootstrap import bootstrap
 from services.gateway.secrets import secret_files
 
 INSTANCE_TTL_S = 5
+# A drain tells all connections at once: there is nobody to spread them for.
+_FLAGS = ("--disable-hot-restart", "--drain-strategy", "immediate", "--log-level", "warn")
+# What calls in progress get when the suite is stopped: somebody waits at a terminal.
+DRAIN_S = 2.0
 
 
 class PartMissing(Exception):
@@ -172,6 +177,9 @@ def envoy(layout: Layout) -> Part:
     # Half the cores: the others are Triton's. With a worker on each of two cores, 7 % less was served.
     workers = ("--concurrency", str(max(1, (os.cpu_count() or 1) // 2)))
 
+    async def drained() -> None:
+        await drain(layout.address(at.ENVOY_ADMIN), 0.0, DRAIN_S)
+
     def write_bootstrap() -> None:
         config.parent.mkdir(parents=True, exist_ok=True)
         admin, control = layout.address(at.ENVOY_ADMIN), layout.address(at.GATEWAY)
@@ -183,12 +191,23 @@ def envoy(layout: Layout) -> Part:
 
     return Part(
         name="envoy",
-        argv=(str(binary), "-c", str(config), "--disable-hot-restart", *workers, "--log-level", "warn"),
+        argv=(
+            str(binary),
+            "-c",
+            str(config),
+            "--disable-hot-restart",
+            "--drain-strategy",
+            "immediate",
+            *workers,
+            "--log-level",
+            "warn",
+        ),
         # Ready only when the listener has arrived from the control plane and works to the end.
         ready=grpc_ready(layout.address(at.PUBLIC), ca=layout.public_ca),
         ports=_ports(layout, {at.PUBLIC: "public", at.ENVOY_ADMIN: "Envoy admin"}),
         needs=("gateway",),
         prepare=write_bootstrap,
+        drain=drained,
         stop_timeout_s=5.0,
     )
 

@@ -13,14 +13,15 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 
-from services.core.errors import BackendUnavailable, Unimplemented
+from services.core.errors import BackendUnavailable, NotFound, Unimplemented
 from services.core.interceptors import Context
 from services.gateway import xds
+from services.gateway.drains import Drains
 from services.gateway.locality import near
 from services.gateway.progress import NOTHING, label, parsed
 from services.gateway.snapshot import Snapshot
@@ -79,6 +80,11 @@ class Snapshots:
         async with self._published:
             self._current = snapshot
             self._published.notify_all()
+
+    async def look_again(self) -> None:
+        """Wake all streams: what one of them is told has changed."""
+        if self._current is not None:
+            await self.publish(replace(self._current))
 
     async def other_than(self, known: Snapshot | None) -> Snapshot:
         """Wait for another snapshot."""
@@ -320,6 +326,7 @@ class Ads(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc
         self._snapshots = snapshots
         self._heard = heard
         self._clients = clients
+        self.drains = Drains()
         self.planes: dict[int, DataPlane] = {}
 
     async def DeltaAggregatedResources(
@@ -331,7 +338,9 @@ class Ads(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc
         ignorant_since = 0.0
 
         def wait_s() -> float | None:
-            return RECHECK_S if plane.ahead or self._snapshots.current is None else None
+            if plane.ahead or self._snapshots.current is None:
+                return RECHECK_S
+            return self.drains.waits(plane.node_id)
 
         try:
             async for request in turns(request_iterator, self._snapshots, wait_s):
@@ -339,7 +348,8 @@ class Ads(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc
                     plane.introduced(request.node)
                     stream.on_request(request)
                 if self._snapshots.current is not None:
-                    for response in stream.responses(self._snapshots.current):
+                    told = self.drains.told(plane.node_id, self._snapshots.current)
+                    for response in stream.responses(told):
                         yield response
                     if not plane.ahead:
                         ignorant_since = 0.0
@@ -351,6 +361,17 @@ class Ads(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc
                     raise BackendUnavailable("this control plane has not come as far as the data plane")
         finally:
             self.planes.pop(id(plane), None)
+
+    async def drain(self, node_id: str, grace_s: float) -> None:
+        """Have a data plane leave: its health fails now, its port closes in `grace_s`. Raises NotFound."""
+        if all(plane.node_id != node_id for plane in self.planes.values()):
+            raise NotFound(f'no Envoy "{node_id}" is connected to this control plane')
+        self.drains.begin(node_id, grace_s)
+        await self._snapshots.look_again()
+
+    async def undo_drain(self, node_id: str) -> None:
+        self.drains.undo(node_id)
+        await self._snapshots.look_again()
 
     async def StreamAggregatedResources(
         self, request_iterator: AsyncIterator[Any], context: Context

@@ -148,7 +148,7 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(ads, server)
         lrs_pb2_grpc.add_LoadReportingServiceServicer_to_server(control.judge.loads, server)
         hds_pb2_grpc.add_HealthDiscoveryServiceServicer_to_server(control.health, server)
-        gateway = Gateway(issuers, accounts, control, ads.planes.values)
+        gateway = Gateway(issuers, accounts, control, ads)
         add_GatewayServiceServicer_to_server(gateway, server)
         await stack.enter_async_context(issuers.watching())
         await stack.enter_async_context(control.watches())

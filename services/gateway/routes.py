@@ -58,7 +58,7 @@ def routes(view: View, cors_origins: Sequence[str] = (), branch: Branch = branch
     }
     by_model = {service: _models(service, view, branch) for service in KINDS}
     # A script answers for models that are unknown; what names no model is no method of ours.
-    elsewhere = _local_reply(Unimplemented("there is no such method on this port"))
+    elsewhere = local_reply(Unimplemented("there is no such method on this port"))
     elsewhere["typed_per_filter_config"] = {**model.script(model.UNKNOWN), **versions.asked()}
     services = {
         **{prefix: _grpc(to_control) for prefix in (*OPEN_PREFIXES, "/lingqu.gateway.v1.GatewayService/")},
@@ -164,6 +164,7 @@ def _by_header(name: str, branches: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _local_reply(error: LingquError) -> dict[str, Any]:
+def local_reply(error: LingquError) -> dict[str, Any]:
+    """A route that Envoy answers by itself."""
     # Without a body: Envoy would make it the grpc-message.
     return {"direct_response": {"status": 404}, "response_headers_to_add": replies.headers(error)}

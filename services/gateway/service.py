@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -11,12 +10,12 @@ from lingqu.gateway.v1 import gateway_pb2 as pb
 from lingqu.gateway.v1.gateway_pb2_grpc import GatewayServiceServicer
 from lingqu.registry.v1 import access_pb2
 from services.core.audit import note
-from services.core.errors import PermissionDenied
+from services.core.errors import InvalidInput, PermissionDenied
 from services.core.identity import Caller
 from services.core.interceptors import Context
 from services.gateway.accounts import Accounts
 from services.gateway.admin import Conditions, conditions
-from services.gateway.ads import DataPlane
+from services.gateway.ads import Ads, DataPlane
 from services.gateway.control import ControlPlane
 from services.gateway.convert import to_explanation, to_question, to_routes
 from services.gateway.explain import explain
@@ -24,23 +23,24 @@ from services.gateway.issuers import Issuers
 from services.gateway.keys import TTL_DEFAULT_S, PublicKey
 
 AFTER_RETIRING_S = 3_600
+DRAIN_GRACE_S = 5.0
 
 
 class Gateway(GatewayServiceServicer):
-    """Answers from what the control plane knows; `planes` are the Envoys connected to it."""
+    """Answers from what the control plane knows; `ads` knows the Envoys connected to it."""
 
     def __init__(
         self,
         issuers: Issuers,
         accounts: Accounts,
         control: ControlPlane,
-        planes: Callable[[], Iterable[DataPlane]],
+        ads: Ads,
     ) -> None:
         self._issuers = issuers
         self._keys = issuers.ring
         self._accounts = accounts
         self._control = control
-        self._planes = planes
+        self._ads = ads
 
     async def CreateKey(self, request: pb.CreateKeyRequest, context: Context) -> pb.CreateKeyResponse:
         caller, authorization = self._admin(context)
@@ -108,7 +108,7 @@ class Gateway(GatewayServiceServicer):
             registry_connected=connected,
             routes=routes,
             named_routes=named,
-            data_planes=[_data_plane(plane) for plane in self._planes()],
+            data_planes=[self._data_plane(plane) for plane in self._ads.planes.values()],
             refused=current.refused if current else {},
             control_planes=[
                 pb.ControlPlane(id=one.id, address=one.endpoints.get("grpc", ""), labels=one.labels)
@@ -125,9 +125,32 @@ class Gateway(GatewayServiceServicer):
 
     async def _seen(self) -> dict[str, Conditions]:
         """What the Envoys on this machine say of their endpoints."""
-        planes = [plane for plane in self._planes() if plane.admin]
+        planes = [plane for plane in self._ads.planes.values() if plane.admin]
         told = await asyncio.gather(*(conditions(plane.node_id, plane.admin) for plane in planes))
         return {p.node_id: found for p, found in zip(planes, told, strict=True) if found is not None}
+
+    async def DrainDataPlane(
+        self, request: pb.DrainDataPlaneRequest, context: Context
+    ) -> pb.DrainDataPlaneResponse:
+        self._admin(context)
+        grace_s = request.grace.ToMilliseconds() / 1000 if request.HasField("grace") else DRAIN_GRACE_S
+        if not request.node_id:
+            raise InvalidInput("node_id", "is required; DescribeRoutes shows them")
+        if not 0 <= grace_s <= 3_600:
+            raise InvalidInput("grace", "is at most an hour")
+        if request.undo:
+            await self._ads.undo_drain(request.node_id)
+        else:
+            await self._ads.drain(request.node_id, grace_s)
+        return pb.DrainDataPlaneResponse(state=self._state(request.node_id))
+
+    def _data_plane(self, plane: DataPlane) -> pb.DataPlane:
+        made = _data_plane(plane)
+        made.state = self._state(plane.node_id)
+        return made
+
+    def _state(self, node_id: str) -> pb.DataPlaneState.ValueType:
+        return pb.DataPlaneState.ValueType(int(self._ads.drains.state(node_id)))
 
     def _admin(self, context: Context) -> tuple[Caller, str]:
         """Who calls, and the `authorization` it called with. Raises Unauthenticated, PermissionDenied."""
