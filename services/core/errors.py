@@ -202,10 +202,12 @@ class LimitReached(LingquError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "LIMIT_REACHED"
 
-    def __init__(self, message: str, limit: str, of: str, retry_after_s: float) -> None:
+    def __init__(
+        self, message: str, limit: str = "", of: str = "", retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-        self.metadata = {"limit": limit, "of": of}
+        self.metadata = {"limit": limit, "of": of} if limit else {}
 
 
 class TooManyKeys(LingquError):

@@ -124,7 +124,7 @@ def _mappers() -> list[dict[str, Any]]:
         404: NotFound("there is no such path on this port"),
         413: MessageTooLarge(f"the gateway reads bodies up to {MAX_BODY_BYTES >> 20} MiB"),
     }
-    any_limit = LimitReached("", "", "", 1.0)
+    any_limit = LimitReached("")  # the rest is in headers of the answer
     too_fast = _code_details_contain("rate_limited")
     too_many = _code_details_contain("reached_concurrency_limit")
     details = [(_code_details_contain(text), error) for text, error in by_details.items()]

@@ -81,11 +81,15 @@ def _chain(limits: Limits, of: str, may: str) -> list[dict[str, Any]]:
     ]
     chain = [_at_once(limits.concurrent_requests, of)] if limits.concurrent_requests else []
     chain += [
-        _rate(of, field, number, seconds, f"{may} {number:,} requests per {unit}".replace(",", " "))
+        _rate(of, field, number, seconds, f"{may} {_requests(number)} per {unit}")
         for field, unit, seconds, number in rates
         if number and limits.local
     ]
     return chain
+
+
+def _requests(number: int) -> str:
+    return "1 request" if number == 1 else f"{number} requests"
 
 
 def _capped(priority: int) -> dict[str, Any]:
