@@ -77,5 +77,5 @@ $(MODELS): $(STAMP) $(wildcard pipeline/*.py)
 
 clean:                                       ## forget everything that was installed or run here
 	rm -rf $(VENV) .lingqu build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -rf lingqu/inference lingqu/registry lingqu/gateway
+	rm -rf lingqu/inference lingqu/registry lingqu/gateway lingqu/metrics
 	find . -name __pycache__ -prune -exec rm -rf {} +
