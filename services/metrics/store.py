@@ -13,9 +13,9 @@ class Store(Protocol):
     """Errors are of two kinds: BackendUnavailable, when the same call may work later, and others of
     services.core.errors, when it will not."""
 
-    def write(self, points: Sequence[Point]) -> None:
-        """All of them are kept when this returns. The same points may be written again: a store keeps one
-        point for each series, field and time."""
+    def write(self, points: Sequence[Point], batch: str = "") -> None:
+        """All of them are kept when this returns. A batch with a name may be written again, for one that is
+        not known to have been kept: its points are kept once."""
 
     def query(self, query: Query) -> list[Series]:
         """Ordered by labels. An unknown measurement or field has no series."""

@@ -1,0 +1,218 @@
+"""The embedded store: one DuckDB file (https://duckdb.org).
+
+Which series there are is known in memory, so filters and groups are resolved before SQL, and the table of
+points has nothing but numbers. It is written in the order of time and has no index: DuckDB skips blocks by
+their range of times.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+
+from services.core.errors import BackendUnavailable, LingquError
+from services.metrics.points import Labels, Point
+from services.metrics.queries import Aggregate, Query, Series
+
+MEMORY_LIMIT = "256MB"
+THREADS = 2
+KEPT_BATCHES = 1000  # names of batches that are recognised when they are written again
+
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS series (id INTEGER, measurement VARCHAR, labels VARCHAR)",
+    "CREATE TABLE IF NOT EXISTS fields (id INTEGER, name VARCHAR)",
+    "CREATE TABLE IF NOT EXISTS points (time BIGINT, series INTEGER, field INTEGER, value DOUBLE)",
+    "CREATE TABLE IF NOT EXISTS batches (number BIGINT, name VARCHAR)",
+)
+_AGGREGATES = {
+    Aggregate.MEAN: "avg(value)",
+    Aggregate.SUM: "sum(value)",
+    Aggregate.MIN: "min(value)",
+    Aggregate.MAX: "max(value)",
+    Aggregate.COUNT: "count(value)::DOUBLE",
+    Aggregate.LAST: "arg_max(value, (time, value))",
+    Aggregate.RATE: "sum(value) / $seconds",
+    Aggregate.PERCENTILE: "list(value ORDER BY value)[floor(count(value) * $percentile / 100 + 0.5)::BIGINT]",
+}
+
+
+class DuckStore:
+    """A Store. One writes at a time, any number read."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises LingquError if the file is no store or somebody else has it open."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._database = duckdb.connect(
+                str(path), config={"memory_limit": MEMORY_LIMIT, "threads": THREADS}
+            )
+            for statement in _SCHEMA:
+                self._database.execute(statement)
+        except duckdb.Error as err:
+            raise LingquError(f"{path} cannot be opened as a store of metrics: {err}") from err
+        self._writing = threading.Lock()
+        self._series: dict[tuple[str, Labels], int] = {}
+        for number, measurement, text in self._rows("SELECT id, measurement, labels FROM series"):
+            known = tuple((name, value) for name, value in json.loads(text))
+            self._series[measurement, known] = number
+        self._fields = {name: number for number, name in self._rows("SELECT id, name FROM fields")}
+        batches = self._rows("SELECT number, name FROM batches ORDER BY number")
+        self._batches = {name: number for number, name in batches}
+
+    def write(self, points: Sequence[Point], batch: str = "") -> None:
+        with self._writing:
+            if batch and batch in self._batches:
+                return
+            rows = _Rows(self._series, self._fields)
+            for point in points:
+                rows.add(point)
+            number = max(self._batches.values(), default=0) + 1
+            try:
+                self._insert(rows, (number, batch) if batch else None)
+            except duckdb.Error as err:
+                raise BackendUnavailable(f"the store of metrics cannot be written: {err}") from err
+            self._series.update(rows.new_series)
+            self._fields.update(rows.new_fields)
+            if batch:
+                self._batches[batch] = number
+                self._batches = {n: i for n, i in self._batches.items() if i > number - KEPT_BATCHES}
+
+    def query(self, query: Query) -> list[Series]:
+        field = self._fields.get(query.field)
+        groups = self._groups(query)
+        if field is None or not groups:
+            return []
+        names = sorted(set(groups.values()))
+        number_of = {name: number for number, name in enumerate(names)}
+        window = query.window_ns or max(1, query.end_ns - query.start_ns)
+        begins = "time - time % $window" if query.window_ns else "$start"
+        given = {
+            "ids": list(groups),
+            "numbers": [number_of[name] for name in groups.values()],
+            "field": field,
+            "start": query.start_ns,
+            "end": query.end_ns,
+            "window": window,
+            "seconds": window / 1e9,
+            "percentile": query.percentile,
+        }
+        aggregate = _AGGREGATES[query.aggregate]
+        sql = f"""
+            WITH members AS (SELECT unnest($ids) AS series, unnest($numbers) AS number)
+            SELECT number, {begins} AS begins, {aggregate} AS result
+            FROM points JOIN members USING (series)
+            WHERE field = $field AND time >= $start AND time < $end
+            GROUP BY ALL HAVING result IS NOT NULL ORDER BY ALL
+        """  # noqa: S608 - made of the constants above
+        used = {name: value for name, value in given.items() if f"${name}" in sql}
+        found: dict[int, list[tuple[int, float]]] = {}
+        for number, begin, value in self._rows(sql, used):
+            found.setdefault(number, []).append((begin, value))
+        return [Series(names[number], tuple(values)) for number, values in sorted(found.items())]
+
+    def series(self, measurement: str = "", limit: int = 1000) -> list[tuple[str, Labels]]:
+        return sorted(key for key in self._series if measurement in ("", key[0]))[:limit]
+
+    def retain(self, seconds: int) -> None:
+        """Forgets now what is older, and series that have no points any more."""
+        oldest = time.time_ns() - seconds * 1_000_000_000
+        with self._writing:
+            cursor = self._database.cursor()
+            try:
+                cursor.execute("DELETE FROM points WHERE time < $oldest", {"oldest": oldest})
+                cursor.execute("DELETE FROM series WHERE id NOT IN (SELECT DISTINCT series FROM points)")
+                cursor.execute("CHECKPOINT")
+            except duckdb.Error as err:
+                raise BackendUnavailable(f"the store of metrics cannot forget: {err}") from err
+            left = {number for (number,) in self._rows("SELECT id FROM series")}
+            self._series = {key: number for key, number in self._series.items() if number in left}
+
+    def close(self) -> None:
+        with self._writing:
+            self._database.close()
+
+    def _groups(self, query: Query) -> dict[int, Labels]:
+        """The series asked for, with the labels of the group that each is in."""
+        wanted = {label: set(values) for label, values in query.filters.items()}
+        found = {}
+        for (measurement, known), number in list(self._series.items()):
+            if measurement != query.measurement:
+                continue
+            values = dict(known)
+            if all(values.get(label, "") in among for label, among in wanted.items()):
+                found[number] = tuple((label, values.get(label, "")) for label in sorted(query.group_by))
+        return found
+
+    def _insert(self, rows: _Rows, batch: tuple[int, str] | None) -> None:
+        cursor = self._database.cursor()
+        cursor.begin()
+        try:
+            if rows.times:
+                cursor.register("added", rows.arrays())
+                cursor.execute("INSERT INTO points SELECT time, series, field, value FROM added")
+                cursor.unregister("added")
+            new = [(n, m, json.dumps(known)) for (m, known), n in rows.new_series.items()]
+            _insert_all(cursor, "INSERT INTO series VALUES ($1, $2, $3)", new)
+            added = [(number, name) for name, number in rows.new_fields.items()]
+            _insert_all(cursor, "INSERT INTO fields VALUES ($1, $2)", added)
+            if batch:
+                cursor.execute("INSERT INTO batches VALUES ($1, $2)", batch)
+                cursor.execute("DELETE FROM batches WHERE number <= $1", (batch[0] - KEPT_BATCHES,))
+            cursor.commit()
+        except BaseException:
+            cursor.rollback()
+            raise
+
+    def _rows(self, sql: str, given: Mapping[str, object] | None = None) -> list[Any]:
+        try:
+            return self._database.cursor().execute(sql, given or {}).fetchall()
+        except duckdb.Error as err:
+            raise BackendUnavailable(f"the store of metrics cannot be read: {err}") from err
+
+
+def _insert_all(cursor: Any, sql: str, rows: Iterable[Sequence[object]]) -> None:
+    if found := list(rows):
+        cursor.executemany(sql, found)
+
+
+class _Rows:
+    """Points as columns, with numbers for series and fields that are not known yet."""
+
+    def __init__(self, series: Mapping[tuple[str, Labels], int], fields: Mapping[str, int]) -> None:
+        self._series, self._fields = series, fields
+        self._next = max(series.values(), default=-1) + 1
+        self.new_series: dict[tuple[str, Labels], int] = {}
+        self.new_fields: dict[str, int] = {}
+        self.times: list[int] = []
+        self._numbers: list[int] = []
+        self._kinds: list[int] = []
+        self._values: list[float] = []
+
+    def add(self, point: Point) -> None:
+        key = point.measurement, point.labels
+        number = self._series.get(key)
+        if number is None:
+            number = self.new_series.setdefault(key, self._next + len(self.new_series))
+        for name, value in point.fields.items():
+            kind = self._fields.get(name)
+            if kind is None:
+                kind = self.new_fields.setdefault(name, len(self._fields) + len(self.new_fields))
+            self.times.append(point.time_ns)
+            self._numbers.append(number)
+            self._kinds.append(kind)
+            self._values.append(value)
+
+    def arrays(self) -> dict[str, Any]:
+        return {
+            "time": np.array(self.times, dtype="int64"),
+            "series": np.array(self._numbers, dtype="int32"),
+            "field": np.array(self._kinds, dtype="int32"),
+            "value": np.array(self._values, dtype="float64"),
+        }
