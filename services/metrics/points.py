@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -25,3 +26,44 @@ class Point:
     labels: Labels
     fields: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     time_ns: int = 0
+
+
+LATEST_NS = (1 << 63) - 2  # of every store
+
+
+def fault(point: Point) -> str:
+    """Why no store can keep the point; empty if there is no reason."""
+    return fault_of_series(point.measurement, point.labels) or fault_of_values(point)
+
+
+def fault_of_series(measurement: str, labels: Labels) -> str:
+    if not measurement:
+        return "a measurement has no name"
+    if not all(name for name, _ in labels):
+        return f'a label of measurement "{measurement[:80]}" has no name'
+    for text in (measurement, *(text for pair in labels for text in pair)):
+        if not text.isascii() and not _is_unicode(text):
+            return "a name or label is not Unicode"
+    return ""
+
+
+def fault_of_values(point: Point) -> str:
+    if not point.fields:
+        return f'a point of measurement "{point.measurement[:80]}" has no fields'
+    for name, value in point.fields.items():
+        if not math.isfinite(value):
+            return f'field "{name[:80]}" of measurement "{point.measurement[:80]}" is {value}'
+        if not name or (not name.isascii() and not _is_unicode(name)):
+            return f'a field of measurement "{point.measurement[:80]}" has no name'
+    if not 0 <= point.time_ns <= LATEST_NS:
+        return f"{point.time_ns} is no time between 1970 and 2262"
+    return ""
+
+
+def _is_unicode(text: str) -> bool:
+    """No half of a pair of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -6,8 +6,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 
+from services.core.errors import InvalidInput
 from services.metrics.points import Labels
 
 
@@ -50,6 +52,16 @@ class Series:
 
     labels: Labels
     values: tuple[tuple[int, float], ...]
+
+
+def check_raw(query: Query, since_ns: int) -> None:
+    """Raises InvalidInput if it asks for what roll-ups cannot tell; raw points are kept since `since_ns`."""
+    if query.aggregate is Aggregate.PERCENTILE and query.start_ns < since_ns:
+        since = datetime.fromtimestamp(since_ns // 1_000_000_000, UTC).isoformat()
+        raise InvalidInput(
+            "start_time",
+            f"percentiles need raw points, which are kept since {since}; older ones are rolled up",
+        )
 
 
 def nearest_rank(ordered: Sequence[float], percentile: float) -> float | None:

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.metrics.points import Labels, Point, labels
+from services.core.errors import InvalidInput
+from services.metrics.points import LATEST_NS, Labels, Point, labels
 from services.metrics.queries import Aggregate, Query, Series, nearest_rank
-from services.metrics.store import Store
+from services.metrics.store import PointsRefused, Store
 from services.metrics.stores.duck import DuckStore
+from services.metrics.stores.influx import InfluxStore
+from tests.influxes import Influx, influx
 
 SECOND = 1_000_000_000
+MINUTE, HOUR = 60 * SECOND, 3600 * SECOND
 START = 1_760_000_000 * SECOND
 MODELS, CLIENTS = ("a", "b", 'with "quotes", \\ and = , spaces'), ("x", "ÿ 漢字")
 
 
-@pytest.fixture(params=["duckdb"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    made = DuckStore(tmp_path / "metrics.duckdb")
+@pytest.fixture(scope="module")
+def running_influx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Influx]:
+    with influx(tmp_path_factory.mktemp("influx")) as made:
+        yield made
+
+
+@pytest.fixture(params=["duckdb", "influxdb"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Store]]:
+    """Opens the same store again each time; only one at a time of DuckDB."""
+    if request.param == "duckdb":
+        yield lambda: DuckStore(tmp_path / "metrics.duckdb")
+    else:
+        server = request.getfixturevalue("running_influx").server()
+        yield lambda: InfluxStore(server)
+
+
+@pytest.fixture
+def store(opened: Callable[[], Store]) -> Iterator[Store]:
+    made = opened()
     yield made
     made.close()
 
@@ -112,15 +135,20 @@ def queries(draw: st.DrawFn) -> Query:
     )
 
 
-@given(batches(), st.lists(queries(), min_size=1, max_size=8))
-def test_duckdb_answers_as_the_definition_says(points: list[Point], asked: list[Query]) -> None:
-    made = DuckStore(Path(":memory:"))
-    try:
-        made.write(points)
-        for query in asked:
-            close(made.query(query), expected(points, query))
-    finally:
-        made.close()
+def test_answers_are_as_the_definition_says(store: Store) -> None:
+    """Each example has a measurement of its own, so that one store does for all."""
+    measurements = (f"m {n}," for n in itertools.count())
+
+    @settings(max_examples=30)
+    @given(batches(), st.lists(queries(), min_size=1, max_size=8))
+    def check(points: list[Point], asked: list[Query]) -> None:
+        name = next(measurements)
+        points = [replace(point, measurement=name) for point in points]
+        store.write(points)
+        for query in (replace(query, measurement=name) for query in asked):
+            close(store.query(query), expected(points, query))
+
+    check()
 
 
 def test_a_named_batch_is_kept_once(store: Store) -> None:
@@ -153,6 +181,104 @@ def test_what_is_old_is_forgotten(store: Store) -> None:
     store.write([Point("old", labels({"k": "v"}), {"value": 1.0}, START)])
     store.retain(3600)
     assert store.query(Query("old", "value", START, START + 1, Aggregate.SUM)) == []
+
+
+def test_what_is_older_than_raw_points_is_rolled_up(opened: Callable[[], Store]) -> None:
+    """Sums, counts and extremes are what they were; windows from a minute on, too. No percentiles."""
+    now = time.time_ns() // MINUTE * MINUTE
+    first = now - 3 * HOUR
+    points = [
+        Point("m", labels({"k": k}), {"value": float(n % 17), "other": 1.0}, first + n * 20 * SECOND + 1)
+        for n in range(3 * 180)
+        for k in "ab"
+    ]
+    store = opened()
+    store.write(points, "batch")
+    store.retain(3600 * 2 - 60, 30 * 86_400)
+    asked = [
+        Query("m", "value", first, now, aggregate, window_ns=window, group_by=group)
+        for aggregate in Aggregate
+        if aggregate is not Aggregate.PERCENTILE
+        for window, group in ((0, ()), (MINUTE, ("k",)), (7 * MINUTE, ()))
+    ]
+    for number in range(2):
+        for query in asked:
+            close(store.query(query), expected(points, query))
+        with pytest.raises(InvalidInput, match="raw points"):
+            store.query(replace(asked[0], aggregate=Aggregate.PERCENTILE, percentile=50.0))
+        fresh = replace(asked[0], aggregate=Aggregate.PERCENTILE, percentile=50.0, start_ns=now - HOUR)
+        close(store.query(fresh), expected(points, fresh))
+        store.retain(3600 * 2 - 60, 30 * 86_400)
+        assert store.series() == [("m", labels({"k": k})) for k in "ab"]
+        if number == 0:
+            store.close()
+            store = opened()
+    store.retain(3600, 3600 + 1800)
+    kept = store.query(Query("m", "other", first, now, Aggregate.COUNT))[0].values[0][1]
+    assert 2 * 270 - 12 <= kept <= 2 * 270 + 12
+    store.close()
+
+
+TEXTS = st.text(min_size=1, max_size=12) | st.sampled_from(
+    [
+        "time",
+        "_field",
+        "#",
+        "␛",
+        "␛.",
+        "\\",
+        "a\\",
+        "\\=",
+        "a\\,b",
+        "x\ny",
+        '"',
+        "' OR '1'='1",
+        "::tag",
+        "$1",
+        "value",
+    ]
+)
+
+
+def test_any_text_is_a_name_and_a_value(store: Store) -> None:
+    """Nothing in a name or a label ends a line, a statement or a quotation."""
+
+    @settings(max_examples=60)
+    @given(TEXTS, st.dictionaries(TEXTS, TEXTS, min_size=1, max_size=3), TEXTS)
+    def check(measurement: str, known: dict[str, str], field: str) -> None:
+        store.write([Point(measurement, labels(known), {field: 1.5}, START)])
+        label, value = next(iter(known.items()))
+        query = Query(measurement, field, START, START + 1, Aggregate.MAX, filters={label: [value]})
+        query = replace(query, group_by=tuple(known))
+        assert Series(labels(known), ((START, 1.5),)) in store.query(query)
+        assert store.query(replace(query, filters={label: [value + "'"]})) == []
+        assert (measurement, labels(known)) in store.series(measurement)
+
+    check()
+
+
+def test_what_no_store_can_keep_is_refused_and_the_rest_is_kept(store: Store) -> None:
+    good = [Point("m", labels({"k": "v"}), {"value": 1.0}, START + n) for n in range(3)]
+    bad = [
+        replace(good[0], measurement=""),
+        replace(good[0], labels=(("", "v"),)),
+        replace(good[0], labels=(("k", "\ud800"),)),
+        replace(good[0], fields={}),
+        replace(good[0], time_ns=-1),
+        replace(good[0], time_ns=1 << 63),
+        *(replace(good[0], fields={"value": value}) for value in (math.nan, math.inf, -math.inf)),
+    ]
+    with pytest.raises(PointsRefused) as caught:
+        store.write([*bad, *good])
+    assert caught.value.number == len(bad)
+    assert store.query(Query("m", "value", 0, LATEST_NS, Aggregate.COUNT)) == [Series((), ((0, 3.0),))]
+
+
+def test_the_ends_of_time(store: Store) -> None:
+    for moment in (0, 1, LATEST_NS - 1):
+        store.write([Point("m", labels({"k": str(moment)}), {"value": 1.0}, moment)])
+    found = store.query(Query("m", "value", 0, LATEST_NS, Aggregate.SUM, group_by=("k",)))
+    assert len(found) == 3
 
 
 def test_duckdb_finds_what_was_kept_before(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ import duckdb
 import numpy as np
 
 from services.core.errors import BackendUnavailable, LingquError
-from services.metrics.points import Labels, Point
-from services.metrics.queries import Aggregate, Query, Series
+from services.metrics.points import Labels, Point, fault_of_series, fault_of_values
+from services.metrics.queries import Aggregate, Query, Series, check_raw
+from services.metrics.store import ROLL_UP_NS, PointsRefused
 
 MEMORY_LIMIT = "256MB"
 THREADS = 2
@@ -29,6 +30,8 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS series (id INTEGER, measurement VARCHAR, labels VARCHAR)",
     "CREATE TABLE IF NOT EXISTS fields (id INTEGER, name VARCHAR)",
     "CREATE TABLE IF NOT EXISTS points (time BIGINT, series INTEGER, field INTEGER, value DOUBLE)",
+    "CREATE TABLE IF NOT EXISTS rollups (time BIGINT, series INTEGER, field INTEGER, "
+    "number BIGINT, total DOUBLE, least DOUBLE, most DOUBLE, newest DOUBLE)",
     "CREATE TABLE IF NOT EXISTS batches (number BIGINT, name VARCHAR)",
 )
 _AGGREGATES = {
@@ -41,6 +44,27 @@ _AGGREGATES = {
     Aggregate.RATE: "sum(value) / $seconds",
     Aggregate.PERCENTILE: "list(value ORDER BY value)[floor(count(value) * $percentile / 100 + 0.5)::BIGINT]",
 }
+_OF_ROLLUPS = {
+    Aggregate.MEAN: "sum(total) / sum(number)",
+    Aggregate.SUM: "sum(total)",
+    Aggregate.MIN: "min(least)",
+    Aggregate.MAX: "max(most)",
+    Aggregate.COUNT: "sum(number)::DOUBLE",
+    Aggregate.LAST: "arg_max(newest, (time, newest))",
+    Aggregate.RATE: "sum(total) / $seconds",
+}
+_IN_RANGE = "field = $field AND time >= $start AND time < $end"
+# Raw points and roll-ups under the same names.
+_WITH_ROLLUPS = f"""(
+    SELECT time, series, 1 AS number, value AS total, value AS least, value AS most, value AS newest
+    FROM points WHERE {_IN_RANGE}
+    UNION ALL SELECT time, series, number, total, least, most, newest FROM rollups WHERE {_IN_RANGE}
+)"""  # noqa: S608
+_ROLL_UP = f"""
+    INSERT INTO rollups SELECT time - time % {ROLL_UP_NS} AS minute, series, field,
+        count(value), sum(value), min(value), max(value), arg_max(value, (time, value))
+    FROM points WHERE time < $oldest GROUP BY ALL ORDER BY ALL
+"""  # noqa: S608
 
 
 class DuckStore:
@@ -65,14 +89,14 @@ class DuckStore:
         self._fields = {name: number for number, name in self._rows("SELECT id, name FROM fields")}
         batches = self._rows("SELECT number, name FROM batches ORDER BY number")
         self._batches = {name: number for number, name in batches}
+        self._rolled_ns = self._rolled()
 
     def write(self, points: Sequence[Point], batch: str = "") -> None:
         with self._writing:
             if batch and batch in self._batches:
                 return
             rows = _Rows(self._series, self._fields)
-            for point in points:
-                rows.add(point)
+            refused = [why for point in points if (why := rows.add(point))]
             number = max(self._batches.values(), default=0) + 1
             try:
                 self._insert(rows, (number, batch) if batch else None)
@@ -83,6 +107,8 @@ class DuckStore:
             if batch:
                 self._batches[batch] = number
                 self._batches = {n: i for n, i in self._batches.items() if i > number - KEPT_BATCHES}
+        if refused:
+            raise PointsRefused(len(refused), refused[0])
 
     def query(self, query: Query) -> list[Series]:
         field = self._fields.get(query.field)
@@ -103,12 +129,14 @@ class DuckStore:
             "seconds": window / 1e9,
             "percentile": query.percentile,
         }
-        aggregate = _AGGREGATES[query.aggregate]
+        aggregate, table = _AGGREGATES[query.aggregate], f"(SELECT * FROM points WHERE {_IN_RANGE})"  # noqa: S608
+        if query.start_ns < self._rolled_ns:
+            check_raw(query, self._rolled_ns)
+            aggregate, table = _OF_ROLLUPS[query.aggregate], _WITH_ROLLUPS
         sql = f"""
-            WITH members AS (SELECT unnest($ids) AS series, unnest($numbers) AS number)
-            SELECT number, {begins} AS begins, {aggregate} AS result
-            FROM points JOIN members USING (series)
-            WHERE field = $field AND time >= $start AND time < $end
+            WITH members AS (SELECT unnest($ids) AS series, unnest($numbers) AS group_number)
+            SELECT group_number, {begins} AS begins, {aggregate} AS result
+            FROM {table} JOIN members USING (series)
             GROUP BY ALL HAVING result IS NOT NULL ORDER BY ALL
         """  # noqa: S608 - made of the constants above
         used = {name: value for name, value in given.items() if f"${name}" in sql}
@@ -120,23 +148,42 @@ class DuckStore:
     def series(self, measurement: str = "", limit: int = 1000) -> list[tuple[str, Labels]]:
         return sorted(key for key in self._series if measurement in ("", key[0]))[:limit]
 
-    def retain(self, seconds: int) -> None:
-        """Forgets now what is older, and series that have no points any more."""
-        oldest = time.time_ns() - seconds * 1_000_000_000
+    def retain(self, seconds: int, rolled_up: int = 0) -> None:
+        """Rolls up or forgets now what is older, and forgets series that have nothing any more."""
+        now = time.time_ns()
+        oldest = (now - seconds * 1_000_000_000) // ROLL_UP_NS * ROLL_UP_NS
+        oldest_rolled = now - max(seconds, rolled_up) * 1_000_000_000
         with self._writing:
             cursor = self._database.cursor()
             try:
+                cursor.begin()
+                if rolled_up:
+                    cursor.execute(_ROLL_UP, {"oldest": oldest})
                 cursor.execute("DELETE FROM points WHERE time < $oldest", {"oldest": oldest})
-                cursor.execute("DELETE FROM series WHERE id NOT IN (SELECT DISTINCT series FROM points)")
+                cursor.execute("DELETE FROM rollups WHERE time < $oldest", {"oldest": oldest_rolled})
+                cursor.execute(
+                    "DELETE FROM series WHERE id NOT IN "
+                    "(SELECT DISTINCT series FROM points UNION SELECT DISTINCT series FROM rollups)"
+                )
+                cursor.commit()
                 cursor.execute("CHECKPOINT")
             except duckdb.Error as err:
                 raise BackendUnavailable(f"the store of metrics cannot forget: {err}") from err
+            finally:
+                cursor.close()
             left = {number for (number,) in self._rows("SELECT id FROM series")}
             self._series = {key: number for key, number in self._series.items() if number in left}
+            self._rolled_ns = self._rolled()
 
     def close(self) -> None:
         with self._writing:
             self._database.close()
+
+    def _rolled(self) -> int:
+        """Until when there are roll-ups; 0 if there are none."""
+        return int(
+            self._rows("SELECT coalesce(max(time) + $minute, 0) FROM rollups", {"minute": ROLL_UP_NS})[0][0]
+        )
 
     def _groups(self, query: Query) -> dict[int, Labels]:
         """The series asked for, with the labels of the group that each is in."""
@@ -195,10 +242,15 @@ class _Rows:
         self._kinds: list[int] = []
         self._values: list[float] = []
 
-    def add(self, point: Point) -> None:
+    def add(self, point: Point) -> str:
+        """Why it is not kept; empty if it is."""
+        if why := fault_of_values(point):
+            return why
         key = point.measurement, point.labels
         number = self._series.get(key)
         if number is None:
+            if why := fault_of_series(*key):
+                return why
             number = self.new_series.setdefault(key, self._next + len(self.new_series))
         for name, value in point.fields.items():
             kind = self._fields.get(name)
@@ -208,6 +260,7 @@ class _Rows:
             self._numbers.append(number)
             self._kinds.append(kind)
             self._values.append(value)
+        return ""
 
     def arrays(self) -> dict[str, Any]:
         return {
