@@ -9,7 +9,7 @@ STUBS  := $(VENV)/.stubs
 MODELS := $(VENV)/.models
 PROTOS := $(shell find protos -name '*.proto')
 
-.PHONY: up test check fix bench bench-gateway bench-inference bench-limits bench-registry soak clean install
+.PHONY: up test check fix bench bench-gateway bench-inference bench-limits bench-metrics bench-registry soak clean install
 
 up: install $(MODELS)                        ## start the whole suite; Ctrl-C stops it
 	@exec $(BIN)/lingqu up $(ARGS)
@@ -40,6 +40,9 @@ bench-inference: install $(MODELS)           ## generation, vectors, caches, hel
 
 bench-limits: install                        ## decisions, latency and exactness of global limits under kills
 	$(BIN)/python -m bench.limits $(ARGS)
+
+bench-metrics: install                       ## points a second into each store of metrics, and how long a dashboard waits
+	$(BIN)/python -m bench.stores $(ARGS)
 
 bench-registry: install                      ## watchers, listing, keep-alives, memory, latency of the registry
 	$(BIN)/python -m bench.registry $(ARGS)
