@@ -1,4 +1,4 @@
-"""Questions to other control planes: what is asked in the same moment goes in one call."""
+"""Questions to other control planes, many in one call."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from services.gateway.limits.verdicts import Verdict
 # Questions on their way to one owner; more are refused at once. And how many go together at most.
 MOST_WAITING = 10_000
 MOST_TOGETHER = 1_000
+# Calls to one owner at once: what is asked meanwhile goes together with the next. More than one, because a
+# question may have to wait for the ledger.
+MOST_CALLS = 4
 
 
 class NotOwnerError(Exception):
@@ -51,39 +54,52 @@ class _Peer:
             self._waiting -= 1
 
     def _send(self) -> None:
-        asked, self._asked = self._asked, []
-        for start in range(0, len(asked), MOST_TOGETHER):
-            call = asyncio.ensure_future(self._call(asked[start : start + MOST_TOGETHER]))
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
+        """What has gathered, unless enough is on its way: then with the end of a call."""
+        while self._asked and len(self._calls) < MOST_CALLS:
+            asked, self._asked = self._asked[:MOST_TOGETHER], self._asked[MOST_TOGETHER:]
+            asked = [(question, end, answer) for question, end, answer in asked if not answer.done()]
+            if asked:
+                call = asyncio.ensure_future(self._call(asked))
+                self._calls.add(call)
+                call.add_done_callback(self._sent)
+
+    def _sent(self, call: asyncio.Task[None]) -> None:
+        self._calls.discard(call)
+        self._send()
 
     async def _call(self, asked: list[tuple[Question, float, asyncio.Future[Verdict]]]) -> None:
         request = pb.DecideRequest(questions=[question.to_record() for question, _, _ in asked])
         left_s = max(deadline for _, deadline, _ in asked) - asyncio.get_running_loop().time()
+        why = "was left"
         try:
             response = await self._stub.Decide(request, timeout=max(0.001, left_s))
+            for (_, _, answer), verdict in zip(asked, response.verdicts, strict=True):
+                _settle(answer, verdict)
+            why = "cannot say"
         except grpc.aio.AioRpcError as err:
+            why = f"does not answer ({err.code().name})"
+        finally:
             for _, _, answer in asked:
                 if not answer.done():
-                    text = f"the owner of the limit at {self.address} does not answer ({err.code().name})"
-                    answer.set_exception(BackendUnavailable(text))
-            return
-        for (_, _, answer), verdict in zip(asked, response.verdicts, strict=True):
-            if answer.done():
-                continue
-            if verdict.state in (pb.Verdict.STATE_ADMITTED, pb.Verdict.STATE_REFUSED):
-                answer.set_result(to_verdict(verdict))
-            elif verdict.state == pb.Verdict.STATE_NOT_OWNER:
-                answer.set_exception(NotOwnerError())
-            else:
-                answer.set_exception(
-                    BackendUnavailable(f"the owner of the limit at {self.address} cannot say")
-                )
+                    answer.set_exception(BackendUnavailable(f"the limit's owner at {self.address} {why}"))
 
     async def close(self) -> None:
+        for _, _, answer in self._asked:
+            answer.cancel()
+        self._asked.clear()
         for call in self._calls:
             call.cancel()
         await self._channel.close()
+
+
+def _settle(answer: asyncio.Future[Verdict], verdict: pb.Verdict) -> None:
+    """Leaves open what the owner could not say."""
+    if answer.done():
+        return
+    if verdict.state in (pb.Verdict.STATE_ADMITTED, pb.Verdict.STATE_REFUSED):
+        answer.set_result(to_verdict(verdict))
+    elif verdict.state == pb.Verdict.STATE_NOT_OWNER:
+        answer.set_exception(NotOwnerError())
 
 
 class Peers:
