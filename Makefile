@@ -41,8 +41,9 @@ bench-inference: install $(MODELS)           ## generation, vectors, caches, hel
 bench-limits: install                        ## decisions, latency and exactness of global limits under kills
 	$(BIN)/python -m bench.limits $(ARGS)
 
-bench-metrics: install                       ## points a second into each store of metrics, and how long a dashboard waits
+bench-metrics: install $(MODELS)             ## points a second, how long a dashboard waits, what requests pay
 	$(BIN)/python -m bench.stores $(ARGS)
+	$(BIN)/python -m bench metrics $(ARGS)
 
 bench-registry: install                      ## watchers, listing, keep-alives, memory, latency of the registry
 	$(BIN)/python -m bench.registry $(ARGS)

@@ -6,14 +6,19 @@ import argparse
 import asyncio
 import sys
 
-from bench import control, gateway, held, peers, rest, startup, suite, tensor, text, vectors
+from bench import control, gateway, held, metrics, peers, rest, startup, suite, tensor, text, vectors
 from bench.report import Target
 
 OFFSET = 1000
 # With parts of their own, not on a running suite.
 ALONE = {"startup": startup.measure, "control": control.measure}
 MEASURES = {"tensor": tensor.measure, "text": text.measure, "vectors": vectors.measure, "held": held.measure}
-MEASURES |= {"gateway": gateway.measure, "rest": rest.measure, "peers": peers.measure}
+MEASURES |= {
+    "gateway": gateway.measure,
+    "rest": rest.measure,
+    "peers": peers.measure,
+    "metrics": metrics.measure,
+}
 
 
 async def main(names: list[str]) -> int:

@@ -45,7 +45,7 @@ ALL_PORTS = (
     at.TRITON_HTTP,
     at.TRITON_GRPC,
 )
-ALL_PORTS += (at.TRITON_METRICS, at.ETCD, at.ETCD_PEER, at.ENVOY_ADMIN)
+ALL_PORTS += (at.METRICS, at.METRICS_HTTP, at.TRITON_METRICS, at.ETCD, at.ETCD_PEER, at.ENVOY_ADMIN)
 # Workers have ports of their own, below those that the system gives to clients.
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _next_offset = 2000 + WORKER * 9000 + os.getpid() % 10 * 50

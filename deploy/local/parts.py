@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,12 +34,14 @@ class PartMissing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the caller of `lingqu up` chooses. `otlp_endpoint`: "host:port" that takes spans, or empty."""
+    """What the caller of `lingqu up` chooses. `otlp_endpoint`: "host:port" that takes spans and figures; if
+    it is empty, the metrics service takes figures, and nobody spans."""
 
     otlp_endpoint: str = ""
     log_level: str = "INFO"
     tritons: int = 1
     """Tritons, each with an inference process of its own."""
+    metrics: bool = True
 
 
 def parts(layout: Layout, options: Options) -> list[Part]:
@@ -50,6 +52,7 @@ def parts(layout: Layout, options: Options) -> list[Part]:
         "LINGQU_OTLP_ENDPOINT": options.otlp_endpoint,
         "LINGQU_LOG_LEVEL": options.log_level,
         "LINGQU_REGISTRY": layout.address(at.REGISTRY),
+        "LINGQU_METRICS": layout.address(at.METRICS) if options.metrics else "",
     }
     return [
         etcd(layout),
@@ -67,6 +70,7 @@ def parts(layout: Layout, options: Options) -> list[Part]:
                 "LINGQU_AUDIT_LOG": str(layout.audit("registry")),
             },
         ),
+        *([metrics(layout, options)] if options.metrics else []),
         _service(
             layout,
             "gateway",
@@ -108,6 +112,28 @@ def inference(layout: Layout, number: int, common: Mapping[str, str]) -> Part:
         {at.INFERENCE_HTTP: "inference REST"},
         number,
     )
+
+
+def metrics(layout: Layout, options: Options) -> Part:
+    """Nothing needs it: the others go on without it, and lose figures."""
+    tritons = [layout.pair(number).address(at.TRITON_METRICS) for number in _numbers(options)]
+    made = _service(
+        layout,
+        "metrics",
+        at.METRICS,
+        ("registry",),
+        {
+            "LINGQU_LOG_LEVEL": options.log_level,
+            "LINGQU_METRICS_LISTEN": layout.address(at.METRICS),
+            "LINGQU_METRICS_HTTP_LISTEN": layout.address(at.METRICS_HTTP),
+            "LINGQU_METRICS_FOLDER": str(layout.state / "metrics"),
+            "LINGQU_METRICS_TRITONS": ",".join(tritons),
+        },
+        {at.METRICS_HTTP: "metrics HTTP"},
+        nice=10,  # where processors are short, what measures goes behind what is measured
+    )
+    # Whoever measures sends in the clear, and to loopback, whatever the parts have between them.
+    return replace(made, ready=grpc_ready(layout.address(at.METRICS)))
 
 
 def _numbers(options: Options) -> range:
@@ -220,10 +246,11 @@ def _service(
     env: Mapping[str, str],
     more_ports: Mapping[int, str] = MappingProxyType({}),
     number: int = 1,
+    nice: int = 0,
 ) -> Part:
     return Part(
         name=at.numbered(name, number),
-        argv=(sys.executable, "-m", f"services.{name}"),
+        argv=(*(("nice", "-n", str(nice)) if nice else ()), sys.executable, "-m", f"services.{name}"),
         env={**env, **_identity(layout, name)},
         ready=grpc_ready(layout.address(port), identity=layout.identity("cli")),
         ports=_ports(layout, {port: name, **more_ports}),

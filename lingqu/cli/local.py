@@ -32,6 +32,7 @@ async def up(
     with_models: bool,
     tritons: int = 1,
     secured: bool = False,
+    metrics: bool = True,
 ) -> int:
     """Returns the exit code: 0 after a stop that was asked for, 1 if the suite could not start."""
     layout = Layout(suite.state.resolve(), offset, secured)
@@ -40,7 +41,7 @@ async def up(
     out.print(f"[bold]lingqu {lingqu.__version__}[/bold] · state in {suite.state}")
     try:
         models = await asyncio.to_thread(bundled, out.print) if with_models else []
-        all_parts = parts(layout, Options(otlp, log_level, tritons))
+        all_parts = parts(layout, Options(otlp, log_level, tritons, metrics))
         async with Supervisor(layout, all_parts, lambda event: _tell(layout, event)).running():
             await _publish(layout, models)
             _hint(suite, layout, time.monotonic() - begun, with_models)

@@ -12,6 +12,7 @@ from lingqu.cli import (
     clients,
     keys,
     limits,
+    metrics,
     models,
     registry,
     releases,
@@ -92,6 +93,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(clients.app, name="clients")
 app.add_typer(limits.app, name="limits")
+app.add_typer(metrics.app, name="metrics")
 app.add_typer(keys.app, name="keys")
 app.add_typer(registry.app, name="registry")
 app.add_typer(routes.app, name="routes")

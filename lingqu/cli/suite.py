@@ -25,7 +25,10 @@ def up(
     ] = 0,
     otlp: Annotated[
         str,
-        typer.Option(help="host:port of an OTLP/gRPC collector for spans.", envvar="LINGQU_OTLP_ENDPOINT"),
+        typer.Option(
+            help="host:port of another OTLP/gRPC collector for spans and figures.",
+            envvar="LINGQU_OTLP_ENDPOINT",
+        ),
     ] = "",
     log_level: Annotated[str, typer.Option(help="Of the services: DEBUG, INFO, WARNING.")] = "INFO",
     bundled: Annotated[bool, typer.Option(help="Publish the bundled models.")] = True,
@@ -45,8 +48,10 @@ def up(
             help="TLS on the public port and between the parts, with certificates made in the state folder.",
         ),
     ] = False,
+    metrics: Annotated[bool, typer.Option(help="Run the metrics service.")] = True,
 ) -> None:
-    """Run the whole suite on this machine until Ctrl-C: etcd, registry, Triton, inference, gateway, Envoy."""
+    """Run the whole suite on this machine until Ctrl-C: etcd, registry, metrics, Triton, inference, gateway,
+    Envoy."""
     try:
         from lingqu.cli.local import up as run_local
     except ImportError as error:
@@ -54,7 +59,7 @@ def up(
             f"{error.name or error} is not installed; `lingqu up` needs: pip install 'lingqu[serve,pipeline]'"
         )
     suite: Suite = context.obj
-    code = asyncio.run(run_local(suite, port_offset, otlp, log_level, bundled, tritons, tls))
+    code = asyncio.run(run_local(suite, port_offset, otlp, log_level, bundled, tritons, tls, metrics))
     raise typer.Exit(code)
 
 

@@ -75,7 +75,10 @@ class Settings(BaseSettings):
 
     log_level: str = "INFO"
     otlp_endpoint: str = ""
-    """host:port of an OTLP/gRPC collector for spans; empty: no spans are exported."""
+    """host:port of an OTLP/gRPC collector for spans and figures; empty: no spans are exported."""
+    metrics: str = ""
+    """host:port of the metrics service: it gets figures if otlp_endpoint is empty, and what Envoy tells of
+    every request always; empty: nobody is told."""
     grace_s: float = 5.0
     """How long running calls may go on after a stop was asked for."""
     max_in_flight: int = 4096

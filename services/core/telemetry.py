@@ -33,9 +33,11 @@ def tracing(service: str, otlp_endpoint: str) -> Iterator[trace.Tracer]:
 
 
 @contextmanager
-def metering(service: str, otlp_endpoint: str, every_s: float = 5.0) -> Iterator[metrics.Meter]:
+def metering(
+    service: str, otlp_endpoint: str, instance: str = "", every_s: float = 5.0
+) -> Iterator[metrics.Meter]:
     """A meter that exports by OTLP/gRPC to `otlp_endpoint` ("host:port"), or, if that is empty, one that
-    measures nothing."""
+    measures nothing. `instance` tells processes of a service apart."""
     if not otlp_endpoint:
         yield metrics.NoOpMeterProvider().get_meter(service)
         return
@@ -46,7 +48,8 @@ def metering(service: str, otlp_endpoint: str, every_s: float = 5.0) -> Iterator
 
     exporter = OTLPMetricExporter(endpoint=otlp_endpoint, insecure=True, timeout=2)
     reader = PeriodicExportingMetricReader(exporter, export_interval_millis=every_s * 1000)
-    provider = MeterProvider([reader], Resource.create({"service.name": service}))
+    resource = Resource.create({"service.name": service, "service.instance.id": instance})
+    provider = MeterProvider([reader], resource)
     try:
         yield provider.get_meter(service)
     finally:

@@ -126,12 +126,14 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
             limits=Limiting(cfg.limits_timeout_s, cfg.limits_fail == "closed"),
             cors_origins=cfg.cors_origins,
             secrets=secrets.current,
+            metrics=cfg.metrics,
         )
 
         def current_entry() -> Entry:
             return replace(entry, jwks=issuers.jwks, issuers=issuers.others, secrets=secrets.current)
 
-        figures = Figures(stack.enter_context(metering("lingqu-gateway-control", cfg.otlp_endpoint)))
+        collector = cfg.otlp_endpoint or cfg.metrics
+        figures = Figures(stack.enter_context(metering("lingqu-gateway-control", collector, address)))
         limiter = cfg.limiter_address or address
         limits = GlobalLimits(registry, limiter, cfg.limits_lease_s, changed, cfg.identity)
         control = ControlPlane(current_entry, registry, changed, limits, (issuers,), figures)

@@ -12,9 +12,11 @@ from services.gateway.view import Target
 CONTROL = "control"
 TRACES = "traces"
 LIMITER = "limiter"
+METRICS = "metrics"
 ANY_TRITON = "tensor"
 ANY_REST = "rest"
 SHADOW = "shadow"
+TOLD_BYTES = 16 << 20  # about 50,000 requests
 ADS = {"ads": {}, "resource_api_version": "V3"}
 # How long a replica that has come takes to get its full share.
 SLOW_START_S = 15
@@ -97,6 +99,12 @@ def fixed(name: str, address: str) -> dict[str, Any]:
         "circuit_breakers": protection.circuit_breakers(),
         **_CONNECTIONS,
     }
+
+
+def metrics(address: str) -> dict[str, Any]:
+    """What it is told of requests waits here, up to so much, when it does not take it at once; what is more
+    is dropped."""
+    return {**fixed(METRICS, address), "per_connection_buffer_limit_bytes": TOLD_BYTES}
 
 
 _UPSTREAM_CODEC = {

@@ -19,11 +19,11 @@ from services.core.errors import (
 )
 from services.core.rest import MAX_BODY_BYTES
 from services.gateway import breakers, edge, filters, replies
-from services.gateway.clusters import ADS, TRACES, socket_address
+from services.gateway.clusters import ADS, METRICS, TRACES, socket_address
 from services.gateway.filters.authentication import Issuer
 from services.gateway.filters.global_limits import UNREACHABLE
 from services.gateway.filters.local_limits import LIMIT_HEADER, concurrency_refusals
-from services.gateway.headers import OWN_HEADERS
+from services.gateway.headers import CLIENT_HEADER, OWN_HEADERS
 from services.gateway.routes import OWN_REST, ROUTES
 from services.gateway.secrets import Secrets, downstream
 
@@ -48,6 +48,8 @@ class Entry:
     traces: str = ""
     cors_origins: tuple[str, ...] = ()
     secrets: Secrets = field(default_factory=Secrets)
+    metrics: str = ""
+    """Who is told of every request that ended."""
     times: edge.Times = field(default_factory=edge.Times)
     issuers: tuple[Issuer, ...] = ()
     known_clients_only: bool = False
@@ -68,6 +70,8 @@ def listener(entry: Entry) -> dict[str, Any]:
         "http_filters": filters.stack(entry),
         "local_reply_config": {"mappers": _mappers()},
     }
+    if entry.metrics:
+        manager["access_log"] = [_access_log()]
     if entry.traces:
         manager["tracing"] = {
             "provider": {
@@ -92,6 +96,26 @@ def listener(entry: Entry) -> dict[str, Any]:
         "per_connection_buffer_limit_bytes": edge.BUFFER_BYTES,
         "filter_chains": [chain],
     }
+
+
+def _access_log() -> dict[str, Any]:
+    """Sent in batches while nobody waits; without a metrics service it is dropped."""
+    kind = "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig"
+    common = {
+        "log_name": "lingqu",
+        "transport_api_version": "V3",
+        "grpc_service": {"envoy_grpc": {"cluster_name": METRICS}, "timeout": "1s"},
+        "buffer_flush_interval": "0.5s",
+        "buffer_size_bytes": 64 << 10,
+    }
+    config = {
+        "@type": f"type.googleapis.com/{kind}",
+        "common_config": common,
+        "additional_request_headers_to_log": [CLIENT_HEADER],
+        "additional_response_headers_to_log": ["content-type", "grpc-status"],
+        "additional_response_trailers_to_log": ["grpc-status"],
+    }
+    return {"name": "envoy.access_loggers.http_grpc", "typed_config": config}
 
 
 def _mappers() -> list[dict[str, Any]]:

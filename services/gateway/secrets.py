@@ -13,7 +13,7 @@ from typing import Any
 
 from services.core.authority import TRUST_DOMAIN
 from services.core.tls import Identity
-from services.gateway.clusters import ADS, ANY_REST, SHADOW, TRACES
+from services.gateway.clusters import ADS, ANY_REST, METRICS, SHADOW, TRACES
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def downstream(*, clients: bool) -> dict[str, Any]:
 def secured(cluster: dict[str, Any]) -> dict[str, Any]:
     """A cluster with mutual TLS, unless it is none of parts."""
     name = cluster["name"]
-    if name == TRACES:
+    if name in (TRACES, METRICS):
         return cluster
     rest = name.removeprefix(f"{SHADOW}/").split("/")[0] == ANY_REST
     alpn = "http/1.1" if rest else "h2"

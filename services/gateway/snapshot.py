@@ -168,6 +168,8 @@ class Builder:
         members = []
         if entry.traces:
             made.append(clusters.fixed(clusters.TRACES, entry.traces))
+        if entry.metrics:
+            made.append(clusters.metrics(entry.metrics))
         for cluster, addresses in _clusters(view, entry):
             made.append(secured(cluster) if entry.secrets.own else cluster)
             members.append(clusters.endpoints(cluster["name"], addresses, view.zones, view.unhealthy))

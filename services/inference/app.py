@@ -82,16 +82,17 @@ class InferenceSettings(Settings):
 async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(tracing("lingqu-inference", cfg.otlp_endpoint))
+        address = cfg.inference_address or cfg.inference_listen
         registry, triton = Registry(cfg.registry, cfg.identity), Triton(cfg.triton, cfg.identity)
         stack.push_async_callback(registry.close)
         limiters = watched_owners(registry, asyncio.Event())
         usage = UsageReports(lambda: addresses(limiters.items.values()), cfg.identity)
-        figures = Figures(stack.enter_context(metering("lingqu-inference", cfg.otlp_endpoint)), usage.charge)
+        meter = stack.enter_context(metering("lingqu-inference", cfg.otlp_endpoint or cfg.metrics, address))
+        figures = Figures(meter, usage.charge)
         admission = Admission(min(cfg.slots, cfg.max_sequences), cfg.queue, figures)
         stack.push_async_callback(triton.close)
 
         machine = Machine.here()
-        address = cfg.inference_address or cfg.inference_listen
         replica = Replica(
             f"inference-{address.replace(':', '-')}",
             "inference",

@@ -26,7 +26,7 @@ from tests.conftest import free_offset, show_logs
 from tests.waiting import pause, until
 
 pytestmark = pytest.mark.chaos
-PARTS = ("registry", "gateway", "inference", "triton", "envoy", "etcd")
+PARTS = ("registry", "metrics", "gateway", "inference", "triton", "envoy", "etcd")
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def descendants(pid: int) -> list[int]:
 async def test_however_the_suite_ends_no_process_survives(number: signal.Signals) -> None:
     async with suites.running(free_offset()) as running:
         family = descendants(running.process.pid)
-        assert len(family) >= 8  # six parts, two model processes of Triton, the guard
+        assert len(family) >= 9  # seven parts, two model processes of Triton, the guard
         async with lingqu.Client(running.public, running.key) as client:
             stream = client.stream(TEXT_MODEL, "Count: 1 2 3", max_tokens=4000)
             async for _ in stream:

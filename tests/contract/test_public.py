@@ -8,11 +8,13 @@ from typer.testing import CliRunner
 
 import lingqu.gateway.v1.gateway_pb2
 import lingqu.inference.v1.inference_pb2
+import lingqu.metrics.v1.metrics_pb2
 import lingqu.registry.v1.instances_pb2
 import lingqu.registry.v1.models_pb2  # noqa: F401 - importing registers the descriptors
 from lingqu.cli.main import app
 from services.gateway.app import GatewaySettings
 from services.inference.app import InferenceSettings
+from services.metrics.app import MetricsSettings
 from services.registry.app import RegistrySettings
 
 METHODS = {
@@ -31,6 +33,7 @@ METHODS = {
         "SetTraffic",
         "WatchModels",
     },
+    "lingqu.metrics.v1.MetricsService": {"Query", "ListSeries", "Tail"},
     "lingqu.gateway.v1.GatewayService": {"CreateKey", "DescribeRoutes"},
 }
 FIELDS = {
@@ -66,6 +69,8 @@ def test_the_ports_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> No
         "PUBLIC_LISTEN",
         "INFERENCE_LISTEN",
         "INFERENCE_HTTP_LISTEN",
+        "METRICS_LISTEN",
+        "METRICS_HTTP_LISTEN",
         "TRITON",
         "ETCD",
     ):
@@ -75,6 +80,8 @@ def test_the_ports_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> No
     assert RegistrySettings().registry_listen == "127.0.0.1:8082"
     assert InferenceSettings().inference_listen == "127.0.0.1:8083"
     assert InferenceSettings().inference_http_listen == "127.0.0.1:8093"
+    assert MetricsSettings().metrics_listen == "127.0.0.1:4317"
+    assert MetricsSettings().metrics_http_listen == "127.0.0.1:4318"
     assert InferenceSettings().triton == "127.0.0.1:8001"
     assert RegistrySettings().etcd == "127.0.0.1:2379"
 
@@ -86,6 +93,7 @@ def test_the_ports_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> No
         "models list", "models show", "models publish", "keys create", "keys revoke", "keys revoked",
         "keys list", "keys rotate", "keys signing",
         "clients list", "clients show", "clients set", "clients delete",
+        "metrics query", "metrics list", "metrics tail",
         "registry backup", "registry restore",
     ],
 )  # fmt: skip

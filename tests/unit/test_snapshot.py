@@ -26,7 +26,7 @@ from services.gateway.splits import thresholds
 from services.gateway.view import View, view
 from tests.statics import as_dict, static
 
-ENTRY = Entry("127.0.0.1:8080", "127.0.0.1:8081", {"keys": []}, "127.0.0.1:4317")
+ENTRY = Entry("127.0.0.1:8080", "127.0.0.1:8081", {"keys": []}, "127.0.0.1:4317", metrics="127.0.0.1:4317")
 
 names = st.sampled_from(["a", "b.c", "d-e_f"])
 

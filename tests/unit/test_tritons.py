@@ -32,7 +32,7 @@ def test_folders_are_their_own_but_artifacts_are_shared(tmp_path: Path) -> None:
 
 def test_one_alone_is_as_it_always_was(tmp_path: Path) -> None:
     names = [part.name for part in parts(Layout(tmp_path), Options())]
-    assert names == ["etcd", "triton", "registry", "gateway", "inference", "envoy"]
+    assert names == ["etcd", "triton", "registry", "metrics", "gateway", "inference", "envoy"]
 
 
 @pytest.fixture

@@ -1,0 +1,152 @@
+"""Puts the metrics service together: store, queue, what sends and what is measured, servers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+from envoy.service.accesslog.v3 import als_pb2_grpc
+from opentelemetry import trace
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2_grpc
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
+from pydantic import AfterValidator, Field, SecretStr
+
+from lingqu.metrics.v1.metrics_pb2_grpc import add_MetricsServiceServicer_to_server
+from services.core.errors import LingquError
+from services.core.interceptors import server_stack
+from services.core.lifecycle import SERVER_OPTIONS, serving
+from services.core.settings import Address, Addresses, Settings
+from services.core.tasks import background
+from services.inference.rest.server import serving_http
+from services.metrics import receivers
+from services.metrics.cardinality import Cardinality
+from services.metrics.host import Gpus, Host
+from services.metrics.http import otlp_app
+from services.metrics.intake import Intake
+from services.metrics.readings import Refusal
+from services.metrics.sampling import measure
+from services.metrics.service import Metrics
+from services.metrics.spooled import Spooled
+from services.metrics.store import Store
+from services.metrics.tails import Tails
+from services.metrics.writer import Writer
+
+log = logging.getLogger(__name__)
+
+SERVICES = (
+    "lingqu.metrics.v1.MetricsService",
+    "opentelemetry.proto.collector.metrics.v1.MetricsService",
+    "opentelemetry.proto.collector.trace.v1.TraceService",
+    "opentelemetry.proto.collector.logs.v1.LogsService",
+    "envoy.service.accesslog.v3.AccessLogService",
+)
+MAX_EXPORT_BYTES = 16 << 20
+RETAIN_EVERY_S = 3600.0
+
+
+def _store_url(value: str) -> str:
+    if value and not value.startswith(("http://", "https://")):
+        raise ValueError(f'"{value}" is not like http://host:8086; empty: a file of DuckDB')
+    return value
+
+
+class MetricsSettings(Settings):
+    metrics_listen: Address = "127.0.0.1:4317"
+    metrics_http_listen: Address = "127.0.0.1:4318"
+    metrics_store: Annotated[str, AfterValidator(_store_url)] = ""
+    """URL of an InfluxDB; empty: a file of DuckDB in metrics_folder."""
+    metrics_folder: Path = Path(".lingqu/metrics")
+    metrics_store_database: str = "lingqu"
+    metrics_store_user: str = ""
+    """Of InfluxDB 1.x, as the password."""
+    metrics_store_password: SecretStr = SecretStr("")
+    metrics_store_token: SecretStr = SecretStr("")
+    """Of InfluxDB 2.x and 3.x."""
+    metrics_store_org: str = ""
+    """Of InfluxDB 2.x."""
+    metrics_retention_h: int = Field(24 * 7, ge=1)
+    """How long points are kept, hours."""
+    metrics_rolled_up_h: int = Field(24 * 90, ge=0)
+    """How long what they are rolled up to, a minute each, is kept, hours; 0: they are not."""
+    metrics_every_s: float = Field(10.0, ge=0.1)
+    """How often this machine and Tritons are measured."""
+    metrics_tritons: Addresses | None = None
+    """Prometheus ports of Tritons, separated by commas."""
+
+
+@contextmanager
+def opened(cfg: MetricsSettings) -> Iterator[Store]:
+    """The store that the settings name. Raises LingquError."""
+    # Imported here: one of them is not needed, and they take a while.
+    if cfg.metrics_store:
+        from services.metrics.stores.influx import InfluxStore
+        from services.metrics.stores.influxhttp import Server
+
+        server = Server(
+            cfg.metrics_store,
+            cfg.metrics_store_database,
+            cfg.metrics_store_user,
+            cfg.metrics_store_password.get_secret_value(),
+            cfg.metrics_store_token.get_secret_value(),
+            cfg.metrics_store_org,
+        )
+        with closing(InfluxStore(server)) as influx, Spooled(influx, cfg.metrics_folder / "spool") as spooled:
+            yield spooled
+    else:
+        from services.metrics.stores.duck import DuckStore
+
+        with closing(DuckStore(cfg.metrics_folder / "metrics.duckdb")) as embedded:
+            yield embedded
+
+
+@asynccontextmanager
+async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIterator[Intake]:
+    """Yields the way in. `store` takes the place of the one that the settings name."""
+    async with AsyncExitStack() as stack:
+        cfg.metrics_folder.mkdir(parents=True, exist_ok=True)
+        kept = store if store is not None else stack.enter_context(opened(cfg))
+        loop = asyncio.get_running_loop()
+
+        def not_kept(number: int) -> None:
+            loop.call_soon_threadsafe(intake.note, "refused", Refusal.STORE, number)
+
+        writer, tails = Writer(kept, not_kept), Tails()
+        intake = Intake(writer, tails, Cardinality())
+        stack.enter_context(writer.running())
+        # Its own spans would come back to it.
+        tracer = trace.NoOpTracerProvider().get_tracer("lingqu-metrics")
+        options = dict(SERVER_OPTIONS) | {"grpc.max_receive_message_length": MAX_EXPORT_BYTES}
+        server = grpc.aio.server(
+            interceptors=server_stack(tracer, cfg.max_in_flight), options=list(options.items())
+        )
+        service = Metrics(kept, tails)
+        stack.callback(service.close)
+        add_MetricsServiceServicer_to_server(service, server)
+        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(receivers.Metrics(intake), server)
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receivers.Traces(intake), server)
+        logs_service_pb2_grpc.add_LogsServiceServicer_to_server(receivers.Logs(intake), server)
+        als_pb2_grpc.add_AccessLogServiceServicer_to_server(receivers.AccessLog(intake), server)
+        await stack.enter_async_context(serving(server, cfg.metrics_listen, SERVICES, cfg.grace_s))
+        await stack.enter_async_context(serving_http(otlp_app(intake), cfg.metrics_http_listen, cfg.grace_s))
+        tritons = (cfg.metrics_tritons or "").split(",") if cfg.metrics_tritons else ()
+        measured = measure(intake, Host(cfg.metrics_folder), Gpus(), tritons, cfg.metrics_every_s)
+        await stack.enter_async_context(background(measured, _retain(kept, cfg)))
+        yield intake
+
+
+async def _retain(store: Store, cfg: MetricsSettings) -> None:
+    raw, rolled_up = cfg.metrics_retention_h * 3600, cfg.metrics_rolled_up_h * 3600
+    while True:
+        pause_s = RETAIN_EVERY_S
+        try:
+            await asyncio.to_thread(store.retain, raw, rolled_up)
+        except LingquError as err:
+            log.warning("%s; trying again in a minute", err)
+            pause_s = 60.0
+        await asyncio.sleep(pause_s)

@@ -1,0 +1,58 @@
+"""What the collector measures by itself, every few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from http.client import HTTPException
+
+import psutil
+
+from services.metrics import scrape
+from services.metrics.host import Gpus, Host
+from services.metrics.intake import Intake
+from services.metrics.readings import Reading
+
+log = logging.getLogger(__name__)
+
+ROTATE_S = 12 * 3600
+
+
+async def measure(intake: Intake, host: Host, gpus: Gpus, tritons: Sequence[str], every_s: float) -> None:
+    """For ever. A source that fails is left out and asked again."""
+    loop = asyncio.get_running_loop()
+    rotate_at = loop.time() + ROTATE_S
+    try:
+        while True:
+            found = await asyncio.gather(
+                asyncio.to_thread(_machine, host, gpus), *(_triton(address) for address in tritons)
+            )
+            for some in found:
+                intake.take(some)
+            intake.report()
+            if loop.time() >= rotate_at:
+                rotate_at = loop.time() + ROTATE_S
+                intake.rotate()
+            await asyncio.sleep(every_s)
+    finally:
+        gpus.close()
+
+
+def _machine(host: Host, gpus: Gpus) -> list[Reading]:
+    found: list[Reading] = []
+    try:
+        found += host.readings()
+        found += gpus.readings()
+    except (OSError, psutil.Error) as err:
+        log.warning("figures of this machine: %s", err)
+    return found
+
+
+async def _triton(address: str) -> list[Reading]:
+    try:
+        page = await asyncio.to_thread(scrape.fetch, address)
+    except (OSError, HTTPException) as err:
+        log.debug("Triton's counters at %s: %s", address, err)
+        return []
+    return list(scrape.readings(page, address))

@@ -1,0 +1,58 @@
+"""Triton's own counters, out of the page for Prometheus on its port 8002."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+
+from services.metrics.readings import Kind, Reading
+
+TRITON = "triton"
+TIMEOUT_S = 2.0
+MAX_PAGE_BYTES = 4 << 20
+# Families: the field, and what makes it ours (seconds).
+_COUNTERS = {
+    "nv_inference_request_success": ("requests", 1.0),
+    "nv_inference_request_failure": ("failures", 1.0),
+    "nv_inference_count": ("inferences", 1.0),
+    "nv_inference_exec_count": ("executions", 1.0),
+    "nv_inference_request_duration_us": ("request_seconds", 1e-6),
+    "nv_inference_queue_duration_us": ("queue_seconds", 1e-6),
+    "nv_inference_compute_infer_duration_us": ("compute_seconds", 1e-6),
+}
+_LEVELS = {"nv_inference_pending_request_count": ("pending", 1.0)}
+_LINE = re.compile(r"^(nv_inference_\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+# Whatever proxy the environment names: this is a part of the suite.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def fetch(address: str) -> str:
+    """Blocks for TIMEOUT_S at most. Raises OSError."""
+    with _DIRECT.open(f"http://{address}/metrics", timeout=TIMEOUT_S) as answer:
+        return str(answer.read(MAX_PAGE_BYTES).decode(errors="replace"))
+
+
+def readings(page: str, address: str) -> Iterator[Reading]:
+    """One of totals and one of levels for each version of a model."""
+    totals: dict[tuple[str, str], dict[str, float]] = {}
+    levels: dict[tuple[str, str], dict[str, float]] = {}
+    for name, text, number in _LINE.findall(page):
+        for families, found in ((_COUNTERS, totals), (_LEVELS, levels)):
+            if name in families:
+                labels = dict(_LABEL.findall(text))
+                key = labels.get("model", ""), labels.get("version", "")
+                field, scale = families[name]
+                try:
+                    value = float(number) * scale
+                except ValueError:
+                    continue
+                # Failures come by reason.
+                fields = found.setdefault(key, {})
+                fields[field] = fields.get(field, 0.0) + value
+    now = time.time_ns()
+    for kind, found in ((Kind.TOTAL, totals), (Kind.LEVEL, levels)):
+        for (model, version), fields in found.items():
+            yield Reading(TRITON, {"triton": address, "model": model, "version": version}, fields, now, kind)
