@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
 
@@ -93,6 +94,11 @@ class GatewaySettings(Settings):
             raise ValueError("LINGQU_TLS_CERTIFICATE and LINGQU_TLS_KEY go together")
         if self.tls_client_ca is not None and self.tls_key is None:
             raise ValueError("LINGQU_TLS_CLIENT_CA needs LINGQU_TLS_CERTIFICATE")
+        if self.tls_key is not None and self.identity is None and not _is_loopback(self.gateway_listen):
+            raise ValueError(
+                "Envoys get LINGQU_TLS_KEY from the control plane, and whoever reaches it could: let "
+                "LINGQU_GATEWAY_LISTEN be on loopback, or set LINGQU_MTLS_CERTIFICATE, _KEY and _CA"
+            )
         return self
 
     @property
@@ -172,6 +178,11 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
         stack.push_async_callback(registration.withdraw)
         await stack.enter_async_context(background(registration.run()))
         yield
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    return host == "localhost" or (is_address(address) and ip_address(host).is_loopback)
 
 
 def _resolved(address: str) -> str:

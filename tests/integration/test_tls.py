@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx2 as httpx
 import pytest
 from cryptography import x509
 from envoy.service.discovery.v3 import ads_pb2_grpc
+from pydantic import ValidationError
 
 from deploy.local.layout import ENVOY_ADMIN, PUBLIC, Layout
 from lingqu.inference.v1 import inference_pb2 as pb
@@ -24,11 +26,13 @@ from services.core import tls
 from services.core.authority import Authority
 from services.core.tls import Identity
 from services.gateway.ads import Ads, Snapshots
+from services.gateway.app import GatewaySettings
 from services.gateway.bootstrap import bootstrap
 from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
-from services.gateway.secrets import SecretFiles, secret_files
+from services.gateway.secrets import LOOK_S, SecretFiles, WatchedSecrets, secret_files
 from services.gateway.snapshot import snapshot
+from services.inference.rest.server import serving_http
 from tests import gateways
 from tests.conftest import free_offset
 from tests.gateways import TEXT, Backend
@@ -235,3 +239,77 @@ async def test_a_server_uses_what_its_files_say_now(tmp_path: Path) -> None:
         async with tls.channel(address, [], caller) as channel:
             stub: Any = InferenceServiceStub(channel)
             assert (await stub.Generate(pb.GenerateRequest(model=TEXT, prompt="x"))).text == "x"
+
+
+async def test_rest_of_inference_asks_for_a_certificate_and_renews_its_own(tmp_path: Path) -> None:
+    parts = Authority.at(tmp_path)
+    own, caller = identity(parts, tmp_path, "inference"), identity(parts, tmp_path, "gateway")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with serving_http(app, "127.0.0.1:0", 1.0, own) as address:
+        known = ssl.create_default_context(cafile=str(parts.certificate))
+        known.load_cert_chain(caller.certificate, caller.key)
+        async with httpx.AsyncClient(verify=known, trust_env=False) as client:
+            assert (await client.get(f"https://{address}/")).status_code == 204
+        unknown = ssl.create_default_context(cafile=str(parts.certificate))
+        async with httpx.AsyncClient(verify=unknown, trust_env=False) as client:
+            with pytest.raises(httpx.TransportError):
+                await client.get(f"https://{address}/")
+
+        async def presented() -> int:
+            host, port = address.split(":")
+            _, writer = await asyncio.open_connection(host, int(port), ssl=known)
+            found: Any = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            writer.close()
+            return x509.load_der_x509_certificate(found).serial_number
+
+        first = await presented()
+        identity(parts, tmp_path, "inference")
+
+        async def renewed() -> bool:
+            return await presented() != first
+
+        await until(renewed, "new connections get the new certificate")
+
+
+async def test_a_key_of_another_certificate_is_not_used(tmp_path: Path) -> None:
+    parts, changed = Authority.at(tmp_path), asyncio.Event()
+    public, key = parts.issue(tmp_path / "public.pem", hosts=HOSTS)
+    watched = WatchedSecrets(SecretFiles((public, key)), changed.set)
+    first = watched.current
+    watching = asyncio.ensure_future(watched.run())
+    try:
+        parts.issue(tmp_path / "other.pem", hosts=HOSTS)
+        key.write_bytes((tmp_path / "other-key.pem").read_bytes())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(LOOK_S * 1.5):
+                await changed.wait()
+        assert watched.current == first
+        public.write_bytes((tmp_path / "other.pem").read_bytes())
+        async with asyncio.timeout(LOOK_S * 3):
+            await changed.wait()
+        assert watched.current != first
+        assert first.public is not None
+        assert first.public.key not in repr(first)
+    finally:
+        watching.cancel()
+
+
+def test_settings_of_tls_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value, said in (
+        ("LINGQU_TLS_KEY", "x.pem", "go together"),
+        ("LINGQU_TLS_CLIENT_CA", "x.pem", "needs LINGQU_TLS_CERTIFICATE"),
+        ("LINGQU_MTLS_CA", "x.pem", "go together"),
+        ("LINGQU_CORS_ORIGINS", "app.example", "is not like"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(ValidationError, match=said):
+                GatewaySettings()
+    given = {"tls_certificate": "x.pem", "tls_key": "y.pem"}
+    assert GatewaySettings(**given).secret_files.public == (Path("x.pem"), Path("y.pem"))
+    with pytest.raises(ValidationError, match="whoever reaches it"):
+        GatewaySettings(**given, gateway_listen="0.0.0.0:8081")
