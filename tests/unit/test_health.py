@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from services.core.discovery import Replica
 from services.gateway.clusters import endpoints
-from services.gateway.health import SETTLING, Findings, checks, unhealthy
+from services.gateway.health import SILENCES, Findings, checks, unhealthy
 from services.gateway.locality import near
 from services.gateway.view import View, view
 
@@ -25,20 +25,12 @@ def heard(found: list[dict[str, bool]]) -> Findings:
 
 
 @given(reports)
-def test_only_who_has_answered_or_was_silent_for_long_is_left_out(found: list[dict[str, bool]]) -> None:
-    """By the last reports in which it is named without a gap."""
+def test_only_who_is_silent_in_report_after_report_is_left_out(found: list[dict[str, bool]]) -> None:
     made = heard(found)
     for address in ("a:1", "b:1", "c:1"):
-        tail: list[bool] = []
-        for report in found:
-            tail = [*tail, report[address]] if address in report else []
-        silent = bool(tail) and not tail[-1]
-        if not silent:
-            assert address not in made.unhealthy
-        elif any(tail):
-            assert address in made.unhealthy
-        else:
-            assert (address in made.unhealthy) == (len(tail) >= SETTLING)
+        last = found[-SILENCES:]
+        silent = len(last) == SILENCES and all(report.get(address) is False for report in last)
+        assert (address in made.unhealthy) == silent
 
 
 @given(st.lists(reports, max_size=4))

@@ -8,6 +8,7 @@ chosen anew.
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -91,6 +92,7 @@ _STATE = {
 _SOME = {"safe_regex": {"google_re2": {}, "regex": r""".*[^\[\]"].*"""}}
 
 
+@cache
 def _source(*names: str) -> str:
     found = (resources.files(__package__).joinpath(f"{name}.lua").read_text() for name in names)
     refusals = "".join(f"\n  {name} = {_refusal(error)}," for name, error in _REFUSALS.items())
