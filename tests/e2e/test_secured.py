@@ -90,7 +90,8 @@ async def test_envoy_finds_the_replicas_healthy(secured: Suite) -> None:
 
 def test_the_command_line_works(secured: Suite) -> None:
     command = [str(Path(sys.executable).parent / "lingqu"), "--state", str(secured.layout.state)]
-    for arguments in (["status"], ["models", "list"], ["embed", "a canal"], ["keys", "create", "alice"]):
+    for words in ("status", "models list", "embed canal", "keys create alice", "metrics list"):
+        arguments = words.split()
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
     remote = ["--address", secured.public, "--ca", str(ca(secured)), "--key", secured.key]
