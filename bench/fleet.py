@@ -4,11 +4,12 @@ process that notes what reaches it."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ class Process:
 
     def signal(self, number: int) -> None:
         if self._running is not None:
-            os.kill(self._running.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(self._running.pid, number)
 
     async def stop(self) -> None:
         if self._running is not None:
@@ -238,8 +240,14 @@ class Caller:
 
 
 @asynccontextmanager
-async def fleet(state: Path, offsets: Callable[[], int], gateways: int, **env: str) -> AsyncIterator[Fleet]:
-    """Ready to take requests for MODEL. `offsets` gives free ones."""
+async def fleet(
+    state: Path,
+    offsets: Callable[[], int],
+    gateways: Sequence[Mapping[str, str]],
+    wired: Callable[[str], None] = lambda registry: None,
+) -> AsyncIterator[Fleet]:
+    """Ready to take requests for MODEL. `offsets` gives free ones, `gateways` the settings of each; `wired`
+    is told where the registry answers."""
     layout = Layout(state, offsets())
     async with AsyncExitStack() as stack:
         registry = Part(
@@ -261,6 +269,7 @@ async def fleet(state: Path, offsets: Callable[[], int], gateways: int, **env: s
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         stack.push_async_callback(server.stop, 0)
+        wired(layout.address(at.REGISTRY))
         made = Fleet(state, layout, backend, KeyRing.at(state / "signing.pem"), etcd)
         stack.push_async_callback(made.close)
         await made.serve(f"127.0.0.1:{port}")

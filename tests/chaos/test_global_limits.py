@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import signal
 import time
 from pathlib import Path
+from typing import Self
 
 import grpc
 import pytest
@@ -45,6 +47,66 @@ async def test_no_window_has_too_much_while_control_planes_die_and_stop(tmp_path
             made.gateways[1].control.signal(signal.SIGCONT)
             await asyncio.sleep(1.0)
         check(load)
+
+
+async def test_a_control_plane_that_is_cut_off_stops_deciding_and_others_decide_for_its_envoy(
+    tmp_path: Path,
+) -> None:
+    """Its Envoy still reaches it, and it its Envoy; only the registry is behind a connection that is cut."""
+    settings = {
+        "LINGQU_LIMITS_FAIL": "closed",
+        "LINGQU_LIMITS_LEASE_S": "2",
+        "LINGQU_LIMITS_TIMEOUT_S": "0.3",
+    }
+    async with Wire() as wire:
+        cut_off = {**settings, "LINGQU_REGISTRY": wire.address}
+        async with fleet(tmp_path, free_offset, [cut_off, settings], wired=wire.to) as made:
+            load = Load(made, CLIENTS)
+            async with load.running():
+                await asyncio.sleep(0.5)
+                wire.cut()
+                await asyncio.sleep(3.5)
+                load.codes.clear()
+                await asyncio.sleep(1.5)
+                late = dict(load.codes)
+            check(load)
+            assert late[OK] > 0
+            assert late.get(AWAY, 0) < 0.1 * sum(late.values()), late
+
+
+class Wire:
+    """A TCP connection to somewhere else, which from `cut` on takes everything and passes nothing on."""
+
+    def __init__(self) -> None:
+        self._target = ""
+        self._cut = False
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    def to(self, target: str) -> None:
+        self._target = target
+
+    def cut(self) -> None:
+        self._cut = True
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = self._target.rpartition(":")
+        there, back = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                if not self._cut:
+                    writer.write(data)
+                    await writer.drain()
+        writer.close()
 
 
 @pytest.mark.soak

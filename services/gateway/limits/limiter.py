@@ -98,6 +98,9 @@ class Limiter:
                 await self._turn(deadline)
 
     async def _turn(self, deadline: float) -> None:
+        """Wait for what may change the answer. Whoever is cut off says so at once: another one may know."""
+        if not self._shards.sure(self._clock()):
+            raise BackendUnavailable("this control plane is cut off from the registry")
         try:
             async with asyncio.timeout_at(deadline):
                 await self._shards.turn()

@@ -73,7 +73,11 @@ class Shards:
 
     def held(self, number: int, now: Moment) -> Shard | None:
         """The shard, if it is surely ours."""
-        return self._held.get(number) if now.steady < self._sure_until else None
+        return self._held.get(number) if self.sure(now) else None
+
+    def sure(self, now: Moment) -> bool:
+        """Whether our session surely lives: otherwise what we know of others is old, too."""
+        return now.steady < self._sure_until
 
     def owner(self, number: int) -> str:
         """Where the owner answers; empty if nobody else is known to be."""
