@@ -32,7 +32,7 @@ bench: install $(MODELS)                     ## the figures of docs/benchmarks.m
 	$(BIN)/python -m bench $(ARGS)
 
 bench-gateway: install $(MODELS)             ## what the entry costs, policy by policy, beside nginx and others
-	$(BIN)/python -m bench control gateway rest $(ARGS)
+	$(BIN)/python -m bench control streams gateway rest $(ARGS)
 
 bench-inference: install $(MODELS)           ## generation, vectors, caches, held streams; peers that are installed
 	@$(PIP) install -q -c constraints.txt 'sentence-transformers>=5,<6'

@@ -6,12 +6,12 @@ import argparse
 import asyncio
 import sys
 
-from bench import control, gateway, held, metrics, peers, rest, startup, suite, tensor, text, vectors
+from bench import control, gateway, held, metrics, peers, rest, startup, streams, suite, tensor, text, vectors
 from bench.report import Target
 
 OFFSET = 1000
 # With parts of their own, not on a running suite.
-ALONE = {"startup": startup.measure, "control": control.measure}
+ALONE = {"startup": startup.measure, "control": control.measure, "streams": streams.measure}
 MEASURES = {"tensor": tensor.measure, "text": text.measure, "vectors": vectors.measure, "held": held.measure}
 MEASURES |= {
     "gateway": gateway.measure,

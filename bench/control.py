@@ -13,9 +13,11 @@ from typing import Any
 import grpc
 import psutil
 from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health_pb2
 from tritonclient.grpc import service_pb2
 
 from bench.fleet import INFER, Fleet, fleet
+from bench.processes import listener_on
 from bench.report import Target, row
 from deploy.local.layout import ENVOY_ADMIN, GATEWAY
 from lingqu.gateway.v1 import gateway_pb2
@@ -25,6 +27,7 @@ from lingqu.registry.v1 import instances_pb2, models_pb2
 MODELS, REPLICAS = 500, 1000
 PASSES = 150
 PROBE = "probe"
+HEALTH = "/grpc.health.v1.Health/Check"
 AT_ONCE = 20
 BOUND_MS = 150.0
 
@@ -50,7 +53,14 @@ class _Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
         await self.server.start()
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
+        if details.method == HEALTH:
+            return grpc.unary_unary_rpc_method_handler(self._well)
         return grpc.unary_unary_rpc_method_handler(self._infer) if details.method == INFER else None
+
+    async def _well(self, request: bytes, context: Any) -> bytes:
+        return health_pb2.HealthCheckResponse(
+            status=health_pb2.HealthCheckResponse.SERVING
+        ).SerializeToString()
 
     async def _infer(self, request: bytes, context: Any) -> bytes:
         return self._answer
@@ -69,7 +79,7 @@ class _Probe:
         self._body = service_pb2.ModelInferRequest(model_name=PROBE).SerializeToString()
         self._lease = 0
         self._processes = {
-            name: _process(port)
+            name: listener_on(port)
             for name, port in (
                 ("control plane", gateway.layout.port(GATEWAY)),
                 ("Envoy", gateway.layout.port(ENVOY_ADMIN)),
@@ -223,14 +233,6 @@ def _shares() -> Iterator[tuple[int, str]]:
 
 def _percentile(found: list[float], percent: int) -> float:
     return sorted(found)[min(len(found) - 1, len(found) * percent // 100)]
-
-
-def _process(port: int) -> psutil.Process:
-    """Whoever listens on that port."""
-    for found in psutil.net_connections("tcp"):
-        if found.status == psutil.CONN_LISTEN and found.laddr and found.laddr.port == port and found.pid:
-            return psutil.Process(found.pid)
-    raise ProcessLookupError(f"nobody listens on port {port}")
 
 
 def _cpu(process: psutil.Process) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -256,3 +257,51 @@ async def test_a_breaker_that_opens_is_described_and_routed_by(site: Site) -> No
 
     await until(refused, "nothing reaches the replica")
     await broken.stop()
+
+
+async def outage(site: Site, seconds: float) -> None:
+    """No control plane, while one backend after the other ends and comes back at its address: no call fails,
+    no stream is cut, neither then nor when the control plane returns."""
+    control = await site.control()
+    backends = [await site.backend(f"b{n}") for n in range(3)]
+    steady, *others = backends
+    await site.registry.put(model("m", {1: 100}), *(instance(b.name, b.address, ("m", 1)) for b in backends))
+    gate = await site.envoy(control)
+    await until(lambda: gate.answered("m"), "the model answers")
+    await until_synced(control)
+    streams = [gate.stream("m") for _ in range(12)]
+    names = [(await stream.read()).text for stream in streams]
+    await control.kill()
+    end, asked = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        for backend in others:
+            await backend.stop()
+            for _ in range(20):
+                await gate.ask("m")
+            await backend.start(backend.address)
+            for _ in range(20):
+                await gate.ask("m")
+            asked += 40
+    again = Control(control.layout.state, site.registry.address, site.public, site.key)
+    again.take(control)
+    await again.start()
+    try:
+        await until_synced(again)
+        await gate.ask("m")
+        steady.release.set()
+        kept = [s for s, name in zip(streams, names, strict=True) if name == steady.name]
+        assert kept
+        assert {(await stream.read()).text for stream in kept} == {"the end"}
+        assert asked
+    finally:
+        await again.stop()
+
+
+async def test_an_outage_of_the_control_plane(site: Site) -> None:
+    await outage(site, 0.5)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+async def test_ten_minutes_without_control_plane(site: Site) -> None:
+    await outage(site, 600.0)
