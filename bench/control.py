@@ -58,9 +58,8 @@ class _Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
         return grpc.unary_unary_rpc_method_handler(self._infer) if details.method == INFER else None
 
     async def _well(self, request: bytes, context: Any) -> bytes:
-        return health_pb2.HealthCheckResponse(
-            status=health_pb2.HealthCheckResponse.SERVING
-        ).SerializeToString()
+        well = health_pb2.HealthCheckResponse.SERVING
+        return health_pb2.HealthCheckResponse(status=well).SerializeToString()
 
     async def _infer(self, request: bytes, context: Any) -> bytes:
         return self._answer
