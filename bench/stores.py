@@ -103,7 +103,9 @@ def run(kind: str, where: str, points: int, queries: int) -> dict[str, float]:
 def child(kind: str, where: str, points: int, queries: int) -> dict[str, float]:
     argv = [sys.executable, "-m", "bench.stores", "--run", kind, where, str(points), str(queries)]
     done = subprocess.run(argv, stdout=subprocess.PIPE, check=True)
-    return dict(json.loads(done.stdout))
+    found = dict(json.loads(done.stdout))
+    print(f"  {kind}: {found['points']:,.0f} points/s, p95 {found['p95']:.0f} ms", flush=True)
+    return found
 
 
 def measure(points: int, queries: int, passes: int) -> list[Target]:
