@@ -34,7 +34,7 @@ METHODS = {
         "WatchModels",
     },
     "lingqu.metrics.v1.MetricsService": {"Query", "ListSeries", "Tail"},
-    "lingqu.gateway.v1.GatewayService": {"CreateKey", "DescribeRoutes"},
+    "lingqu.gateway.v1.GatewayService": {"CreateKey", "DescribeRoutes", "ExplainRoute"},
 }
 FIELDS = {
     "lingqu.inference.v1.GenerateRequest": {

@@ -57,6 +57,16 @@ async def test_a_chat_is_the_text_apis(client: openai.AsyncOpenAI, suite: Suite)
     assert answer.system_fingerprint == f"{TEXT_MODEL}-v1"
 
 
+async def test_a_version_can_be_asked_for(client: openai.AsyncOpenAI, suite: Suite) -> None:
+    answer = await client.completions.create(model=f"{TEXT_MODEL}@1", prompt="The canal", max_tokens=2)
+    assert answer.system_fingerprint == f"{TEXT_MODEL}-v1"
+    with pytest.raises(openai.NotFoundError) as refused:
+        await client.completions.create(model=f"{TEXT_MODEL}@99", prompt="The canal", max_tokens=2)
+    assert refused.value.code == "version_not_served"
+    async with lingqu.Client(suite.public, suite.key) as own:
+        assert (await own.generate(f"{TEXT_MODEL}@1", "The canal", max_tokens=2)).model_version == "1"
+
+
 async def test_a_stream_adds_up_and_ends_with_its_usage(client: openai.AsyncOpenAI) -> None:
     asked: Any = {"model": TEXT_MODEL, "messages": CHAT[1:], "temperature": 0, "max_completion_tokens": 30}
     whole = await client.chat.completions.create(**asked)

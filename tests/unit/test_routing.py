@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lingqu.registry.v1 import models_pb2
 from services.core.discovery import Model, VersionKey, to_model
-from services.core.errors import BackendUnavailable, InvalidInput, ModelNotFound
+from services.core.errors import BackendUnavailable, InvalidInput, ModelNotFound, VersionNotServed
 from services.inference.routing import Routing
 from tests.fakes import FakeText
 
@@ -34,6 +36,17 @@ def test_the_gateways_version_goes_before_the_traffic() -> None:
     routing = Routing(lambda: {"fake": model()}, served)
     assert routing.model("fake") is served[VersionKey("fake", 2)]
     assert routing.model("fake", "1") is served[VersionKey("fake", 1)]
+
+
+def test_a_version_behind_the_name_counts_where_no_gateway_has_chosen() -> None:
+    served = {VersionKey("fake", n): FakeText(VersionKey("fake", n)) for n in (1, 2)}
+    routing = Routing(lambda: {"fake": replace(model(), aliases={"stable": 1})}, served)
+    assert routing.model("fake@1") is routing.model("fake@stable") is served[VersionKey("fake", 1)]
+    assert routing.model("fake@stable", "2") is served[VersionKey("fake", 2)]
+    with pytest.raises(VersionNotServed):
+        routing.model("fake@nightly")
+    with pytest.raises(InvalidInput):
+        routing.model("@1")
 
 
 def test_what_is_not_there_is_said_precisely() -> None:

@@ -56,7 +56,7 @@ class Heading:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": f"{self.model}-v{self.version}",
+            "system_fingerprint": f"{self.model.partition('@')[0]}-v{self.version}",
         }
 
 

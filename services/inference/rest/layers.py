@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.core.errors import QueueFull
+from services.core.interceptors import SHADOW_HEADER
 from services.inference.rest.endpoint import refuse
 
 
@@ -33,8 +34,14 @@ class Tracing:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        caller = extract({key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]})
-        attributes = {"http.request.method": scope["method"], "url.path": scope["path"]}
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+        caller = extract(headers)
+        attributes: dict[str, str | bool] = {
+            "http.request.method": scope["method"],
+            "url.path": scope["path"],
+        }
+        if SHADOW_HEADER in headers:
+            attributes["lingqu.shadow"] = True
         span = self._tracer.start_span(f"{scope['method']} REST", caller, SpanKind.SERVER, attributes)
         # Never detached: every request has a task, and with it a context, of its own.
         otel_context.attach(trace.set_span_in_context(span, caller))
