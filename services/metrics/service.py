@@ -13,9 +13,9 @@ from lingqu.metrics.v1 import metrics_pb2 as pb
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceServicer
 from services.core.errors import QueueFull
 from services.core.interceptors import Context
-from services.metrics import convert
+from services.metrics import convert, tails
 from services.metrics.store import Store
-from services.metrics.tails import STALL_S, SlowTail, Tails
+from services.metrics.tails import SlowTail, Tails
 
 T = TypeVar("T")
 THREADS = 2
@@ -25,8 +25,8 @@ MAX_WAITING = 64
 class Metrics(MetricsServiceServicer):
     """Questions wait in threads of their own, so that slow ones are in nobody's way but each other's."""
 
-    def __init__(self, store: Store, tails: Tails) -> None:
-        self._store, self._tails = store, tails
+    def __init__(self, store: Store, followers: Tails) -> None:
+        self._store, self._tails = store, followers
         self._threads = ThreadPoolExecutor(THREADS, "metrics-query")
         self._asked = 0
 
@@ -44,10 +44,10 @@ class Metrics(MetricsServiceServicer):
             async for point in points:
                 # Not yielded: only a write of our own can be given up when nobody takes it.
                 try:
-                    async with asyncio.timeout(STALL_S):
+                    async with asyncio.timeout(tails.STALL_S):
                         await context.write(convert.to_tail_response(point))
                 except TimeoutError as err:
-                    raise SlowTail(f"took nothing for {STALL_S:.0f} s; follow again") from err
+                    raise SlowTail(f"took nothing for {tails.STALL_S:.0f} s; follow again") from err
         return
         yield  # a handler that writes to its context by itself still has to be a generator
 

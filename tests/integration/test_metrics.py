@@ -441,6 +441,27 @@ async def test_a_slow_tail_is_cut_off(service: Service, monkeypatch: pytest.Monk
     assert service.store.values("m")
 
 
+async def test_a_tail_that_takes_nothing_is_cut_off(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads nothing, so that what is sent to it fills the windows of its connection and then stalls."""
+    monkeypatch.setattr(tails, "STALL_S", 0.3)
+    async with stub(service.address, MetricsServiceStub) as reader:
+        call = reader.Tail(pb.TailRequest(measurement="m"), timeout=60)
+        await until(lambda: bool(service.intake._tails), "it follows")
+        labels = {f"label{n}": "x" * 120 for n in range(8)}
+
+        async def forgotten() -> bool:
+            await send(service, export(*([("m", 1)] * 500), **labels))
+            return not service.intake._tails
+
+        await until(forgotten, "it is cut off", timeout_s=20)
+        with pytest.raises(grpc.aio.AioRpcError) as cut:
+            await drained(call)
+        assert cut.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details(cut.value, error_details_pb2.ErrorInfo).reason == "SLOW_TAIL"
+
+
 async def test_too_many_tails_are_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tails, "MAX_TAILS", 1)
     async with stub(service.address, MetricsServiceStub) as reader:
