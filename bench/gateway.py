@@ -91,10 +91,10 @@ def _measure(suite: Suite) -> list[Target]:
     return found
 
 
-def policies(suite: Suite, *, rest: str = "", metrics: str = "") -> Snapshot:
+def policies(suite: Suite, *, rest: str = "", metrics: str = "", percent: int = 100) -> Snapshot:
     """A suite with CLIENTS clients, whose one replica is the Triton of `suite` with a model "echo",
     or something at `rest` that answers OpenAI's API for a model "mock". `metrics`: who is told of
-    requests."""
+    so many percent of requests."""
     name, task = ("mock", "generate") if rest else ("echo", "tensor")
     version = Version(VersionKey(name, 1), "file:///x", "0", task, "python")
     endpoints = {"http": rest} if rest else {"oip": suite.triton}
@@ -102,7 +102,7 @@ def policies(suite: Suite, *, rest: str = "", metrics: str = "") -> Snapshot:
     models = [Model(name, (version,), ((1, 100),))]
     known = tuple(Client(f"c{n}", (name, "other-*")) for n in range(CLIENTS))
     keys = json.loads(suite.layout.jwks.read_text())
-    entry = Entry(suite.public, "127.0.0.1:1", keys, metrics=metrics)
+    entry = Entry(suite.public, "127.0.0.1:1", keys, metrics=metrics, metrics_percent=percent)
     return snapshot(view([replica], models, Access((*known, Client("dev", ("*",))))), entry)
 
 

@@ -66,6 +66,8 @@ class GatewaySettings(Settings):
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     """PEM file of the CAs whose certificates say who a client is, in place of a key."""
+    metrics_percent: int = Field(100, ge=1, le=100)
+    """Of how many requests in a hundred the metrics service is told."""
     cors_origins: Origins = ()
     """Web pages that may call the public port, "https://app.example,https://*.lab.example"; default: none."""
     signing_key: Path = Path(".lingqu/gateway/signing.pem")
@@ -133,6 +135,7 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
             cors_origins=cfg.cors_origins,
             secrets=secrets.current,
             metrics=cfg.metrics,
+            metrics_percent=cfg.metrics_percent,
         )
 
         def current_entry() -> Entry:

@@ -28,6 +28,7 @@ from services.gateway.routes import OWN_REST, ROUTES
 from services.gateway.secrets import Secrets, downstream
 
 LISTENER = "public"
+WEIGHT_TAG = "weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,9 @@ class Entry:
     cors_origins: tuple[str, ...] = ()
     secrets: Secrets = field(default_factory=Secrets)
     metrics: str = ""
-    """Who is told of every request that ended."""
+    """Who is told of requests that ended."""
+    metrics_percent: int = 100
+    """Of how many, drawn at random."""
     times: edge.Times = field(default_factory=edge.Times)
     issuers: tuple[Issuer, ...] = ()
     known_clients_only: bool = False
@@ -71,7 +74,7 @@ def listener(entry: Entry) -> dict[str, Any]:
         "local_reply_config": {"mappers": _mappers()},
     }
     if entry.metrics:
-        manager["access_log"] = [_access_log()]
+        manager["access_log"] = [_access_log(entry.metrics_percent)]
     if entry.traces:
         manager["tracing"] = {
             "provider": {
@@ -98,10 +101,11 @@ def listener(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _access_log() -> dict[str, Any]:
-    """Sent in batches while nobody waits; without a metrics service it is dropped."""
+def _access_log(percent: int) -> dict[str, Any]:
+    """Sent in batches while nobody waits; without a metrics service it is dropped. An entry says for how many
+    requests it stands."""
     kind = "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig"
-    common = {
+    common: dict[str, Any] = {
         "log_name": "lingqu",
         "transport_api_version": "V3",
         "grpc_service": {"envoy_grpc": {"cluster_name": METRICS}, "timeout": "1s"},
@@ -115,7 +119,16 @@ def _access_log() -> dict[str, Any]:
         "additional_response_headers_to_log": ["content-type", "grpc-status"],
         "additional_response_trailers_to_log": ["grpc-status"],
     }
-    return {"name": "envoy.access_loggers.http_grpc", "typed_config": config}
+    made = {"name": "envoy.access_loggers.http_grpc", "typed_config": config}
+    if percent == 100:
+        return made
+    common["custom_tags"] = [{"tag": WEIGHT_TAG, "literal": {"value": f"{100 / percent:g}"}}]
+    drawn = {
+        "runtime_key": "lingqu.told",
+        "percent_sampled": {"numerator": percent},
+        "use_independent_randomness": True,
+    }
+    return {**made, "filter": {"runtime_filter": drawn}}
 
 
 def _mappers() -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 The cluster says which API, model and version a request was for ("tensor/echo/1").
 Times are seconds from its first byte: `received` until its last byte was there, `upstream` until it was
 passed on, `first_byte` until the answer began to come, `duration` until the last byte was sent. What did not
-happen has no field. `value` is 1, so that a sum counts requests.
+happen has no field. `value` is 1, or for how many requests this one stands, so that a sum counts requests.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from services.metrics.readings import Reading
 REQUESTS = "requests"
 CLIENT_HEADER = "x-lingqu-client"  # services/gateway/headers.py
 STATUS = "grpc-status"
+WEIGHT_TAG = "weight"  # services/gateway/listener.py
 APIS = frozenset({"text", "tensor", "rest", "control"})
 OTHER = "other"
 
@@ -56,7 +57,7 @@ def readings(entries: Iterable[Any]) -> list[Reading]:
             "api": api,
         }
         fields = {
-            "value": 1.0,
+            "value": _weight(common.custom_tags.get(WEIGHT_TAG, "")),
             "request_bytes": float(request.request_headers_bytes + request.request_body_bytes),
             "response_bytes": float(response.response_headers_bytes + response.response_body_bytes),
         }
@@ -79,6 +80,13 @@ _TIMES = (
     ("first_byte", "time_to_first_upstream_rx_byte"),
     ("duration", "time_to_last_downstream_tx_byte"),
 )
+
+
+def _weight(text: str) -> float:
+    try:
+        return float(text) if text else 1.0
+    except ValueError:
+        return 1.0
 
 
 @lru_cache(4096)

@@ -88,6 +88,23 @@ async def test_every_one_of_many_calls_is_told(both: tuple[Gateway, Service]) ->
     assert len({point.time_ns for point in found}) == 500
 
 
+async def test_one_told_of_stands_for_many(tmp_path: Path) -> None:
+    async with (
+        metrics.running(tmp_path) as service,
+        gateways.running(tmp_path, metrics=service.address, metrics_percent=10) as gateway,
+    ):
+        async with gateway.channel() as channel:
+            stub: Any = InferenceServiceStub(channel)
+            request = pb.GenerateRequest(model=TEXT, prompt="x")
+            for _ in range(10):
+                await asyncio.gather(
+                    *(stub.Generate(request, metadata=gateway.metadata, timeout=20) for _ in range(100))
+                )
+        found = await until(lambda: len(told(service, model=TEXT)) > 40 and told(service, model=TEXT), "told")
+    assert len(found) < 180  # of 1,000, one in ten
+    assert {point.fields["value"] for point in found} == {10}
+
+
 async def test_without_a_metrics_service_requests_are_served(tmp_path: Path) -> None:
     async with metrics.running(tmp_path) as service:
         address = service.address
