@@ -12,6 +12,7 @@ import math
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -147,6 +148,7 @@ def main() -> int:
         "--run", nargs=4, metavar=("KIND", "WHERE", "POINTS", "QUERIES"), help=argparse.SUPPRESS
     )
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # influxd is ended then, too
     if given.run:
         kind, where, points, queries = given.run
         print(json.dumps(run(kind, where, int(points), int(queries))))
