@@ -23,10 +23,11 @@ async def measure(intake: Intake, host: Host, gpus: Gpus, tritons: Sequence[str]
     """For ever. A source that fails is left out and asked again."""
     loop = asyncio.get_running_loop()
     rotate_at = loop.time() + ROTATE_S
+    watched = [scrape.Watched(address) for address in tritons]
     try:
         while True:
             found = await asyncio.gather(
-                asyncio.to_thread(_machine, host, gpus), *(_triton(address) for address in tritons)
+                asyncio.to_thread(_machine, host, gpus), *(_triton(triton) for triton in watched)
             )
             for some in found:
                 intake.take(some)
@@ -49,10 +50,10 @@ def _machine(host: Host, gpus: Gpus) -> list[Reading]:
     return found
 
 
-async def _triton(address: str) -> list[Reading]:
+async def _triton(triton: scrape.Watched) -> list[Reading]:
     try:
-        page = await asyncio.to_thread(scrape.fetch, address)
+        page = await asyncio.to_thread(scrape.fetch, triton.address)
     except (OSError, HTTPException) as err:
-        log.debug("Triton's counters at %s: %s", address, err)
+        log.debug("Triton's counters at %s: %s", triton.address, err)
         return []
-    return list(scrape.readings(page, address))
+    return triton.readings(page)

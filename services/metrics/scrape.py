@@ -35,6 +35,31 @@ def fetch(address: str) -> str:
         return str(answer.read(MAX_PAGE_BYTES).decode(errors="replace"))
 
 
+class Watched:
+    """One Triton. A model that a page has and the page before had not has counted since then; what the first
+    page has may have counted for long, which nobody knows."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._last_ns = 0
+        self._starts: dict[tuple[str, str], int] = {}
+
+    def readings(self, page: str) -> list[Reading]:
+        found = []
+        for reading in readings(page, self.address):
+            key = reading.labels["model"], reading.labels["version"]
+            start_ns = self._starts.setdefault(key, self._last_ns)
+            found.append(reading._replace(start_ns=start_ns))
+        there = _models(found)
+        self._starts = {key: start for key, start in self._starts.items() if key in there}
+        self._last_ns = time.time_ns()
+        return found
+
+
+def _models(found: list[Reading]) -> set[tuple[str, str]]:
+    return {(reading.labels["model"], reading.labels["version"]) for reading in found}
+
+
 def readings(page: str, address: str) -> Iterator[Reading]:
     """One of totals and one of levels for each version of a model."""
     totals: dict[tuple[str, str], dict[str, float]] = {}

@@ -37,6 +37,19 @@ def test_tritons_page_becomes_totals_and_levels() -> None:
     assert len(found) == 3
 
 
+def test_a_model_that_comes_later_has_counted_since_the_page_before() -> None:
+    triton = scrape.Watched("host:8002")
+    line = 'nv_inference_request_success{{model="{}",version="1"}} 7\n'
+    assert [r.start_ns for r in triton.readings(line.format("first"))] == [0]
+    later = {
+        r.labels["model"]: r.start_ns for r in triton.readings(line.format("first") + line.format("later"))
+    }
+    assert later["first"] == 0
+    assert later["later"] > 0
+    again = triton.readings(line.format("later"))
+    assert again[0].start_ns == later["later"]
+
+
 def test_a_page_of_nonsense_is_nothing() -> None:
     assert list(scrape.readings("\x00<html>", "x")) == []
     assert list(scrape.readings("", "x")) == []
