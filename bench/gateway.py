@@ -91,10 +91,10 @@ def _measure(suite: Suite) -> list[Target]:
     return found
 
 
-def policies(suite: Suite, *, rest: str = "", metrics: str = "", percent: int = 100) -> Snapshot:
+def policies(suite: Suite, *, rest: str = "", metrics: str = "", percent: int = 10) -> Snapshot:
     """A suite with CLIENTS clients, whose one replica is the Triton of `suite` with a model "echo",
     or something at `rest` that answers OpenAI's API for a model "mock". `metrics`: who is told of
-    so many percent of requests."""
+    so many percent of tensor requests."""
     name, task = ("mock", "generate") if rest else ("echo", "tensor")
     version = Version(VersionKey(name, 1), "file:///x", "0", task, "python")
     endpoints = {"http": rest} if rest else {"oip": suite.triton}

@@ -20,6 +20,7 @@ from services.core.errors import (
 from services.core.rest import MAX_BODY_BYTES
 from services.gateway import breakers, edge, filters, replies
 from services.gateway.clusters import ADS, METRICS, TRACES, socket_address
+from services.gateway.descriptors import TENSOR_SERVICE
 from services.gateway.filters.authentication import Issuer
 from services.gateway.filters.global_limits import UNREACHABLE
 from services.gateway.filters.local_limits import LIMIT_HEADER, concurrency_refusals
@@ -51,7 +52,7 @@ class Entry:
     secrets: Secrets = field(default_factory=Secrets)
     metrics: str = ""
     """Who is told of requests that ended."""
-    metrics_percent: int = 100
+    metrics_percent: int = 10
     """Of how many, drawn at random."""
     times: edge.Times = field(default_factory=edge.Times)
     issuers: tuple[Issuer, ...] = ()
@@ -74,7 +75,7 @@ def listener(entry: Entry) -> dict[str, Any]:
         "local_reply_config": {"mappers": _mappers()},
     }
     if entry.metrics:
-        manager["access_log"] = [_access_log(entry.metrics_percent)]
+        manager["access_log"] = _access_logs(entry.metrics_percent)
     if entry.traces:
         manager["tracing"] = {
             "provider": {
@@ -101,6 +102,22 @@ def listener(entry: Entry) -> dict[str, Any]:
     }
 
 
+def _access_logs(percent: int) -> list[dict[str, Any]]:
+    """One for tensor requests, of which so many in a hundred are told, and one for all others."""
+    tensors: dict[str, Any] = {"name": ":path", "string_match": {"prefix": f"/{TENSOR_SERVICE}/"}}
+    drawn = {
+        "runtime_key": "lingqu.told",
+        "percent_sampled": {"numerator": percent},
+        "use_independent_randomness": True,
+    }
+    some = {"filters": [{"header_filter": {"header": tensors}}, {"runtime_filter": drawn}]}
+    others = {"header_filter": {"header": {**tensors, "invert_match": True}}}
+    return [
+        {**_access_log(100), "filter": others},
+        {**_access_log(percent), "filter": {"and_filter": some}},
+    ]
+
+
 def _access_log(percent: int) -> dict[str, Any]:
     """Sent in batches while nobody waits; without a metrics service it is dropped. An entry says for how many
     requests it stands."""
@@ -119,16 +136,9 @@ def _access_log(percent: int) -> dict[str, Any]:
         "additional_response_headers_to_log": ["content-type", "grpc-status"],
         "additional_response_trailers_to_log": ["grpc-status"],
     }
-    made = {"name": "envoy.access_loggers.http_grpc", "typed_config": config}
-    if percent == 100:
-        return made
-    common["custom_tags"] = [{"tag": WEIGHT_TAG, "literal": {"value": f"{100 / percent:g}"}}]
-    drawn = {
-        "runtime_key": "lingqu.told",
-        "percent_sampled": {"numerator": percent},
-        "use_independent_randomness": True,
-    }
-    return {**made, "filter": {"runtime_filter": drawn}}
+    if percent != 100:
+        common["custom_tags"] = [{"tag": WEIGHT_TAG, "literal": {"value": f"{100 / percent:g}"}}]
+    return {"name": "envoy.access_loggers.http_grpc", "typed_config": config}
 
 
 def _mappers() -> list[dict[str, Any]]:

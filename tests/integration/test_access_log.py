@@ -10,12 +10,14 @@ from typing import Any
 
 import grpc
 import pytest
+from tritonclient.grpc import service_pb2 as oip
+from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from services.metrics.points import Point
 from tests import gateways, metrics
-from tests.gateways import TEXT, Gateway
+from tests.gateways import TENSOR, TEXT, Gateway
 from tests.metrics import Service
 from tests.waiting import until
 
@@ -24,7 +26,9 @@ from tests.waiting import until
 async def both(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Gateway, Service]]:
     async with (
         metrics.running(tmp_path_factory.mktemp("metrics")) as service,
-        gateways.running(tmp_path_factory.mktemp("gateway"), metrics=service.address) as gateway,
+        gateways.running(
+            tmp_path_factory.mktemp("gateway"), metrics=service.address, metrics_percent=100
+        ) as gateway,
     ):
         yield gateway, service
 
@@ -71,13 +75,10 @@ async def test_how_a_call_failed_is_told(both: tuple[Gateway, Service]) -> None:
 
 async def test_every_one_of_many_calls_is_told(both: tuple[Gateway, Service]) -> None:
     gateway, service = both
-    labels = {"client": "tester", "model": "numbers", "api": "tensor", "status": "OK"}
-    from tritonclient.grpc import service_pb2 as oip
-    from tritonclient.grpc import service_pb2_grpc as oip_grpc
-
+    labels = {"client": "tester", "model": TENSOR, "api": "tensor", "status": "OK"}
     async with gateway.channel() as channel:
         stub: Any = oip_grpc.GRPCInferenceServiceStub(channel)
-        request = oip.ModelInferRequest(model_name="numbers")
+        request = oip.ModelInferRequest(model_name=TENSOR)
         await asyncio.gather(
             *(stub.ModelInfer(request, metadata=gateway.metadata, timeout=20) for _ in range(500))
         )
@@ -94,13 +95,24 @@ async def test_one_told_of_stands_for_many(tmp_path: Path) -> None:
         gateways.running(tmp_path, metrics=service.address, metrics_percent=10) as gateway,
     ):
         async with gateway.channel() as channel:
-            stub: Any = InferenceServiceStub(channel)
-            request = pb.GenerateRequest(model=TEXT, prompt="x")
+            stub: Any = oip_grpc.GRPCInferenceServiceStub(channel)
+            request = oip.ModelInferRequest(model_name=TENSOR)
             for _ in range(10):
                 await asyncio.gather(
-                    *(stub.Generate(request, metadata=gateway.metadata, timeout=20) for _ in range(100))
+                    *(stub.ModelInfer(request, metadata=gateway.metadata, timeout=20) for _ in range(100))
                 )
-        found = await until(lambda: len(told(service, model=TEXT)) > 40 and told(service, model=TEXT), "told")
+            texts: Any = InferenceServiceStub(channel)
+            for _ in range(5):
+                await texts.Generate(
+                    pb.GenerateRequest(model=TEXT, prompt="x"), metadata=gateway.metadata, timeout=5
+                )
+        found = await until(
+            lambda: len(told(service, model=TENSOR)) > 40 and told(service, model=TENSOR), "told"
+        )
+        of_text = await until(
+            lambda: len(told(service, model=TEXT)) >= 5 and told(service, model=TEXT), "all"
+        )
+        assert {point.fields["value"] for point in of_text} == {1}
     assert len(found) < 180  # of 1,000, one in ten
     assert {point.fields["value"] for point in found} == {10}
 
