@@ -18,6 +18,7 @@ import openvino
 import openvino_genai as og
 from gguf import GGUFReader, GGUFWriter
 
+from pipeline.fusion import fuse_products
 from pipeline.package import Precision
 from pipeline.weights import copy_fields, write_f16
 
@@ -29,7 +30,7 @@ TINY = 64  # hidden size and length of a head of the twin
 
 def write_model(reader: GGUFReader, folder: Path, precision: Precision) -> None:
     """`MODEL` and its weights. INT8 and INT4 are weights only, asymmetric; embeddings and the last layer are
-    INT8 in both."""
+    INT8 in both. INT4, which is for a stream alone, has fewer and larger products (fusion.py)."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = Path(scratch) / "model.gguf"
         write_f16(reader, gguf)
@@ -45,6 +46,8 @@ def write_model(reader: GGUFReader, folder: Path, precision: Precision) -> None:
             "int4": {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": INT4_GROUP, "ratio": 1.0},
         }
         model = openvino.Core().read_model(gguf.parent / MODEL)
+        if precision == "int4":
+            fuse_products(model)
         openvino.save_model(nncf.compress_weights(model, **modes[precision]), folder / MODEL)
 
 
