@@ -29,15 +29,16 @@ TINY = 64  # hidden size and length of a head of the twin
 
 
 def write_model(reader: GGUFReader, folder: Path, precision: Precision) -> None:
-    """`MODEL` and its weights. INT8 and INT4 are weights only, asymmetric; embeddings and the last layer are
-    INT8 in both. INT4, which is for a stream alone, has fewer and larger products (fusion.py)."""
+    """`MODEL` and its weights, with few and large products (fusion.py). INT8 and INT4 are weights only,
+    asymmetric; embeddings and the last layer are INT8 in both."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = Path(scratch) / "model.gguf"
         write_f16(reader, gguf)
         _to_ir(gguf)
+        model = openvino.Core().read_model(gguf.parent / MODEL)
+        fuse_products(model)
         if precision == "fp16":
-            for part in (MODEL, _weights(MODEL)):
-                (Path(scratch) / part).rename(folder / part)
+            openvino.save_model(model, folder / MODEL)
             return
         import nncf  # takes seconds, and most models need none of it
 
@@ -45,9 +46,6 @@ def write_model(reader: GGUFReader, folder: Path, precision: Precision) -> None:
             "int8": {"mode": nncf.CompressWeightsMode.INT8_ASYM},
             "int4": {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": INT4_GROUP, "ratio": 1.0},
         }
-        model = openvino.Core().read_model(gguf.parent / MODEL)
-        if precision == "int4":
-            fuse_products(model)
         openvino.save_model(nncf.compress_weights(model, **modes[precision]), folder / MODEL)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from services.inference import sizing, weights
 from services.inference.artifact import Architecture, Manifest
+from services.inference.backends.alone import MOST_TOKENS
 
 DEFAULT_KV_PRECISION = "u8"  # OpenVINO's CPU plugin, where a model's file says nothing else
 RUN_TOKENS = 4096  # of one run of an encoder: backends/runs.py
@@ -42,7 +43,12 @@ def of(folder: Path, manifest: Manifest, kv_cache_bytes: int) -> Estimate:
     if architecture is not None:
         kv = sizing.KvCache.of(architecture, found.kv_precision or DEFAULT_KV_PRECISION)
     in_memory = 0 if manifest.runtime == "tensorrt-llm" else kv_cache_bytes  # or on the GPU
-    footprint = sizing.footprint(manifest.runtime, found.by_type, gguf=found.gguf, kv_cache_bytes=in_memory)
+    guessing = manifest.text.guesses > 0
+    if guessing and kv is not None:
+        in_memory += kv.bytes_of(MOST_TOKENS)
+    footprint = sizing.footprint(
+        manifest.runtime, found.by_type, gguf=found.gguf, guessing=guessing, kv_cache_bytes=in_memory
+    )
     return Estimate(footprint, architecture, kv)
 
 

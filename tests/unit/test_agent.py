@@ -454,6 +454,7 @@ async def test_the_budget_is_held_against_warm_golden_examples(
     model: Any = SimpleNamespace(session=SlowSession())
     example = GoldenText(prompt="x", prompt_ids=(1,), token_ids=(7, 8, 9))
     manifest: Any = SimpleNamespace(
+        text=None,
         golden_texts=(example,),
         latency_budget=LatencyBudget(first_token_ms=first_ms, per_token_ms=token_ms),
     )

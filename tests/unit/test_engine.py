@@ -20,6 +20,7 @@ class Scripted:
     """A sequence that makes 100, 101, … one a step."""
 
     def __init__(self, job: Job) -> None:
+        self.ids = job.input_ids
         self.left = job.sampling.max_tokens
         self.made = 0
         self.cancelled = False
@@ -55,6 +56,7 @@ class Pipeline:
         self.sequences: list[Scripted] = []
         self.steps = threading.Semaphore(0)
         self.fail = False
+        self.giving_up: list[tuple[int, Job]] = []
 
     def add(self, number: int, job: Job) -> Scripted:
         if job.input_ids == [0]:
@@ -68,6 +70,10 @@ class Pipeline:
             raise RuntimeError("out of memory")
         for sequence in self.sequences:
             sequence.advance()
+
+    def displaced(self) -> Sequence[tuple[int, Job]]:
+        found, self.giving_up = self.giving_up, []
+        return found
 
 
 class Sink:
@@ -124,6 +130,17 @@ def test_tokens_come_step_by_step_until_the_length(engine: Engine, pipeline: Pip
         (7, (101,), Finish.NONE),
         (7, (102,), Finish.LENGTH),
     ]
+
+
+def test_what_the_runtime_gives_up_is_added_again(engine: Engine, pipeline: Pipeline) -> None:
+    sink = Sink()
+    engine.submit(job(7, 5), sink)
+    pipeline.giving_up = [(1, job(7, 4, (1, 2, 100))), (99, job(8))]
+    pipeline.steps.release(5)
+    events = [sink.next() for _ in range(5)]
+    assert [event[2] for event in events] == [Finish.NONE] * 4 + [Finish.LENGTH]
+    assert list(pipeline.sequences[1].ids) == [1, 2, 100]
+    assert len(pipeline.sequences) == 2, "the number 99 is nobody's"
 
 
 def test_a_cancelled_sequence_stops_and_others_go_on(engine: Engine, pipeline: Pipeline) -> None:

@@ -153,6 +153,10 @@ class Runtime(Protocol):
     def step(self) -> None:
         """Compute what the scheduler finds best. Whatever it raises makes the runtime unusable."""
 
+    def displaced(self) -> Sequence[tuple[int, Job]]:
+        """Numbers of sequences that the runtime computes no further, and what is left of each: they are to be
+        added again. Asked after each step, when all that was made has been read."""
+
 
 class RuntimeBroken(Exception):
     """A step failed."""
@@ -235,6 +239,7 @@ class Engine:
         self._step_s = now - begun
         self._publish()
         self._end_slice(now, self._step_s)
+        self._move_displaced()
         if now - self._alive_at >= ALIVE_S:
             self._alive_at = now
             for sink in self._sinks():
@@ -265,10 +270,7 @@ class Engine:
             job, sink = argument
             number = self._new_number()
             self._running[number] = _Running(job, sink, None)
-            if self._slices.wants(job.input_ids):
-                self._slices.push(number, job.input_ids)
-            else:
-                self._add(number)
+            self._begin(number)
         else:
             sink, key = argument
             for number, running in list(self._running.items()):
@@ -280,6 +282,21 @@ class Engine:
     def _new_number(self) -> int:
         number, self._next_id = self._next_id, self._next_id + 1
         return number
+
+    def _begin(self, number: int) -> None:
+        """With a sequence, or with what is left of it."""
+        job = self._running[number].job
+        if self._slices.wants(job.input_ids):
+            self._slices.push(number, job.input_ids)
+        else:
+            self._add(number)
+
+    def _move_displaced(self) -> None:
+        for number, rest in self._runtime.displaced():
+            running = self._running.get(number)
+            if running is not None:
+                running.job, running.handle = rest, None
+                self._begin(number)
 
     def _add(self, number: int) -> None:
         """Give a sequence to the runtime, or tell its sink why not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from services.inference.backends.engine import Grammar, GrammarKind, Handle, Job
 from services.inference.backends.partials import Partials
 
 STEP_TOKENS = 256  # of prompts and streams together
+NGRAM_TOKENS = (
+    3  # how many of the last tokens have to have been there before, for a guess at what follows; or fewer
+)
 
 _RUNNING, _CANCELLED = og.GenerationStatus.RUNNING, og.GenerationStatus.CANCEL
 
@@ -59,6 +62,9 @@ class OpenVinoText:
         self._pipeline.step()
         self._prompts = [sequence for sequence in self._prompts if not sequence.is_computed()]
 
+    def displaced(self) -> Sequence[tuple[int, Job]]:
+        return ()
+
     def _begin(self) -> None:
         """Give the pipeline of what waits, in order, as much as a step computes."""
         room = STEP_TOKENS - sum(len(sequence.job.input_ids) for sequence in self._prompts)
@@ -78,6 +84,35 @@ class OpenVinoText:
             self._prompts.append(sequence)
             room -= len(sequence.job.input_ids)
         self._waiting.extendleft(reversed(later))
+
+
+class GuessingText:
+    """A pipeline that guesses some tokens each step by prompt lookup and keeps what it would have made anyway
+    (https://github.com/apoorvumang/prompt-lookup-decoding). Its cache grows as it needs, and keeps no
+    prefixes: blocks count as what was guessed, also when it was wrong (2026.4.1)."""
+
+    def __init__(self, folder: Path, spec: TextSpec) -> None:
+        self._eos = set(spec.eos_token_ids)
+        self._guesses = spec.guesses
+        scheduler = og.SchedulerConfig()
+        scheduler.max_num_batched_tokens = STEP_TOKENS
+        scheduler.enable_prefix_caching = False
+        path = str(pipeline_path(folder, spec))
+        self._pipeline = og.ContinuousBatchingPipeline(path, scheduler, "CPU", {"prompt_lookup": True})
+
+    def add(self, number: int, job: Job) -> Handle:
+        config = generation_config(job.sampling, self._eos)
+        config.num_assistant_tokens = self._guesses
+        config.max_ngram_size = NGRAM_TOKENS
+        ids = openvino.Tensor(np.array([job.input_ids], dtype=np.int64))
+        handle: Handle = self._pipeline.add_request(number, ids, config)
+        return handle
+
+    def step(self) -> None:
+        self._pipeline.step()
+
+    def displaced(self) -> Sequence[tuple[int, Job]]:
+        return ()
 
 
 class _Sequence:

@@ -111,6 +111,9 @@ class TensorRtPipeline:
         self._news.wait(WAIT_S)
         self._news.clear()
 
+    def displaced(self) -> Sequence[tuple[int, Job]]:
+        return ()
+
     def add(self, number: int, job: Job) -> TensorRtHandle:
         """Raises ValueError for a job that the engine refuses."""
         parameters = self.parameters(job.sampling)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from services.inference.artifact import Manifest, TextSpec
+from services.inference.backends.alone import Alone
 from services.inference.backends.engine import Runtime
 from services.inference.sizing import KvCache
 
@@ -26,9 +27,10 @@ def open_text(
     if spec is None:
         raise ValueError("the artifact's manifest describes no text model")
     if manifest.runtime == "openvino-genai":
-        from services.inference.backends.openvino_text import OpenVinoText
+        from services.inference.backends.openvino_text import GuessingText, OpenVinoText
 
-        return OpenVinoText(folder, spec, kv_cache_gib, max_sequences, log)
+        shared = OpenVinoText(folder, spec, kv_cache_gib, max_sequences, log)
+        return Alone(shared, GuessingText(folder, spec)) if spec.guesses else shared
     if manifest.runtime == "tensorrt-llm":
         from services.inference.backends.tensorrt_llm import open_pipeline
 
