@@ -32,6 +32,8 @@ LABELS: Mapping[str, frozenset[str]] = MappingProxyType(
         "triton": frozenset({"triton", "model", "version"}),
         "collector": frozenset({"what", "why"}),
         "spool": frozenset(),
+        "training": frozenset({"run"}),
+        "training.layers": frozenset({"run", "layer"}),
     }
 )
 INFERENCE = "lingqu.inference."

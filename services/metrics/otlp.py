@@ -3,6 +3,9 @@
 Gauges, and sums that may fall, are levels. Sums that only rise, and histograms, are totals or what was added,
 by their temporality. A histogram has the fields count, sum, min, max, and `le_<bound>` for each bucket: how
 many values were at most that. Exponential histograms have no buckets here, summaries no quantiles.
+
+A number is the field "value" of a measurement that has the metric's name, except for families of numbers that
+belong together (FAMILIES): those are fields of one.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from services.metrics.readings import Kind, Reading
 
 VALUE = "value"
 MAX_BUCKETS = 64  # a histogram with more keeps count, sum, min and max
+
+FAMILIES = (("lingqu.training.layers.", "training.layers"), ("lingqu.training.", "training"))
+"""Beginnings of names, and the measurement of all that begin so; the first that fits."""
 
 _OF_RESOURCE = {"service.name": "service", "service.instance.id": "instance"}
 _NO_VALUE = metrics_pb2.DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK
@@ -46,9 +52,10 @@ def count(resource_metrics: Iterable[Any]) -> int:
 
 
 def _of_metric(metric: Any, common: dict[str, str]) -> Iterator[Reading]:
-    name, shape = metric.name, metric.WhichOneof("data")
+    shape = metric.WhichOneof("data")
     if shape is None:
         return
+    name, field = _named(metric.name)
     data = getattr(metric, shape)
     if shape == "gauge":
         kind = Kind.LEVEL
@@ -62,14 +69,25 @@ def _of_metric(metric: Any, common: dict[str, str]) -> Iterator[Reading]:
     for point in data.data_points:
         if not point.flags & _NO_VALUE:
             labels = {a.key: _text(a.value) for a in point.attributes}
+            found = fields(point, kind)
+            if field != VALUE and VALUE in found:
+                found = {field: found[VALUE]}
             yield Reading(
                 name,
                 labels | common if common else labels,
-                fields(point, kind),
+                found,
                 point.time_unix_nano,
                 kind,
                 point.start_time_unix_nano,
             )
+
+
+def _named(name: str) -> tuple[str, str]:
+    """The measurement and the field of a number."""
+    for beginning, measurement in FAMILIES:
+        if name.startswith(beginning) and len(name) > len(beginning):
+            return measurement, name[len(beginning) :]
+    return name, VALUE
 
 
 def _number(point: Any, _: Kind) -> dict[str, float]:

@@ -168,3 +168,18 @@ def test_additions_are_what_was_counted_whatever_restarts(taken: list[tuple[bool
         counted += more
         added += (totals.added(total(value, at, start)) or {})["value"]
     assert math.isclose(added, counted, rel_tol=1e-9, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "measurement", "field"),
+    [
+        ("lingqu.training.loss", "training", "loss"),
+        ("lingqu.training.layers.p99", "training.layers", "p99"),
+        ("lingqu.training.layers.", "training", "layers."),
+        ("lingqu.training.", "lingqu.training.", "value"),
+        ("training.loss", "training.loss", "value"),
+    ],
+)
+def test_numbers_of_a_family_are_fields_of_one_measurement(name: str, measurement: str, field: str) -> None:
+    (found,) = readings({"name": name, "gauge": metrics_pb2.Gauge(data_points=[number(2.5)])})
+    assert (found.measurement, found.fields) == (measurement, {field: 2.5})
