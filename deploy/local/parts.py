@@ -115,22 +115,23 @@ def inference(layout: Layout, number: int, common: Mapping[str, str]) -> Part:
 
 
 def metrics(layout: Layout, options: Options) -> Part:
-    """Nothing needs it: the others go on without it, and lose figures."""
+    """Nothing needs it: the others go on without it, and lose figures. It needs nothing, so it starts while
+    etcd does."""
     tritons = [layout.pair(number).address(at.TRITON_METRICS) for number in _numbers(options)]
     made = _service(
         layout,
         "metrics",
         at.METRICS,
-        ("registry",),
+        (),
         {
             "LINGQU_LOG_LEVEL": options.log_level,
             "LINGQU_METRICS_LISTEN": layout.address(at.METRICS),
             "LINGQU_METRICS_HTTP_LISTEN": layout.address(at.METRICS_HTTP),
             "LINGQU_METRICS_FOLDER": str(layout.state / "metrics"),
             "LINGQU_METRICS_TRITONS": ",".join(tritons),
+            "LINGQU_METRICS_NICE": "10",  # where processors are short, it goes behind what it measures
         },
         {at.METRICS_HTTP: "metrics HTTP"},
-        nice=10,  # where processors are short, what measures goes behind what is measured
     )
     # Whoever measures sends in the clear, and to loopback, whatever the parts have between them.
     return replace(made, ready=grpc_ready(layout.address(at.METRICS)))
@@ -246,11 +247,10 @@ def _service(
     env: Mapping[str, str],
     more_ports: Mapping[int, str] = MappingProxyType({}),
     number: int = 1,
-    nice: int = 0,
 ) -> Part:
     return Part(
         name=at.numbered(name, number),
-        argv=(*(("nice", "-n", str(nice)) if nice else ()), sys.executable, "-m", f"services.{name}"),
+        argv=(sys.executable, "-m", f"services.{name}"),
         env={**env, **_identity(layout, name)},
         ready=grpc_ready(layout.address(port), identity=layout.identity("cli")),
         ports=_ports(layout, {port: name, **more_ports}),

@@ -8,7 +8,7 @@ happen has no field. `value` is 1, or for how many requests this one stands, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -48,23 +48,18 @@ def readings(entries: Iterable[Any]) -> list[Reading]:
         common, request, response = entry.common_properties, entry.request, entry.response
         if common.intermediate_log_entry:
             continue
-        api, model, version = _target(common.upstream_cluster)
-        labels = {
-            "client": request.request_headers.get(CLIENT_HEADER, ""),
-            "model": model,
-            "version": version,
-            "status": _status(response, api),
-            "api": api,
-        }
+        cluster = common.upstream_cluster
+        client = request.request_headers.get(CLIENT_HEADER, "")
+        labels = _labels(cluster, client, _status(response, cluster))
         fields = {
             "value": _weight(common.custom_tags.get(WEIGHT_TAG, "")),
             "request_bytes": float(request.request_headers_bytes + request.request_body_bytes),
             "response_bytes": float(response.response_headers_bytes + response.response_body_bytes),
         }
         for field, name in _TIMES:
-            if common.HasField(name):
-                time = getattr(common, name)
-                fields[field] = time.seconds + time.nanos * 1e-9
+            time = getattr(common, name)
+            if passed := time.seconds + time.nanos * 1e-9:
+                fields[field] = passed
         if "duration" not in fields and common.HasField("duration"):
             fields["duration"] = common.duration.seconds + common.duration.nanos * 1e-9
         begun = common.start_time
@@ -82,11 +77,19 @@ _TIMES = (
 )
 
 
+@lru_cache(64)
 def _weight(text: str) -> float:
     try:
         return float(text) if text else 1.0
     except ValueError:
         return 1.0
+
+
+@lru_cache(4096)
+def _labels(cluster: str, client: str, status: str) -> Mapping[str, str]:
+    """The same object for the same request, which the intake knows by that."""
+    api, model, version = _target(cluster)
+    return {"client": client, "model": model, "version": version, "status": status, "api": api}
 
 
 @lru_cache(4096)
@@ -97,14 +100,14 @@ def _target(cluster: str) -> tuple[str, str, str]:
     return (api, model, version) if api in APIS else (OTHER, "", "")
 
 
-def _status(response: Any, api: str) -> str:
+def _status(response: Any, cluster: str) -> str:
     """The code of gRPC by name; of REST the status of HTTP, and CANCELLED if there was none."""
-    code = response.response_code.value
     status = response.response_trailers.get(STATUS) or response.response_headers.get(STATUS)
     if status:
         return _CODES.get(status, "UNKNOWN")
+    code = response.response_code.value
     content = response.response_headers.get("content-type", _GRPC)
-    if api == "rest" or (code and not content.startswith(_GRPC)):
+    if _target(cluster)[0] == "rest" or (code and not content.startswith(_GRPC)):
         return str(code) if code else "CANCELLED"
     # A stream that was cut has the headers of one that is well.
     return "CANCELLED" if code == 200 else _BY_HTTP.get(code, "UNKNOWN")

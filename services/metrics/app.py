@@ -13,7 +13,6 @@ import grpc
 from envoy.service.accesslog.v3 import als_pb2_grpc
 from opentelemetry import trace
 from opentelemetry.proto.collector.logs.v1 import logs_service_pb2_grpc
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from pydantic import AfterValidator, Field, SecretStr
 
@@ -24,7 +23,7 @@ from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Addresses, Settings
 from services.core.tasks import background
 from services.inference.rest.server import serving_http
-from services.metrics import receivers
+from services.metrics import priority, receivers
 from services.metrics.cardinality import Cardinality
 from services.metrics.host import Gpus, Host
 from services.metrics.http import otlp_app
@@ -41,7 +40,7 @@ log = logging.getLogger(__name__)
 
 SERVICES = (
     "lingqu.metrics.v1.MetricsService",
-    "opentelemetry.proto.collector.metrics.v1.MetricsService",
+    receivers.METRICS,
     "opentelemetry.proto.collector.trace.v1.TraceService",
     "opentelemetry.proto.collector.logs.v1.LogsService",
     "envoy.service.accesslog.v3.AccessLogService",
@@ -76,6 +75,8 @@ class MetricsSettings(Settings):
     """How long what they are rolled up to, a minute each, is kept, hours; 0: they are not."""
     metrics_every_s: float = Field(10.0, ge=0.1)
     """How often this machine and Tritons are measured."""
+    metrics_nice: int = Field(0, ge=0, le=19)
+    """Niceness from when it is ready on: a start that others wait for is not held up."""
     metrics_tritons: Addresses | None = None
     """Prometheus ports of Tritons, separated by commas."""
 
@@ -128,7 +129,7 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         service = Metrics(kept, tails)
         stack.callback(service.close)
         add_MetricsServiceServicer_to_server(service, server)
-        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(receivers.Metrics(intake), server)
+        receivers.add_metrics(receivers.Metrics(intake), server)
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receivers.Traces(intake), server)
         logs_service_pb2_grpc.add_LogsServiceServicer_to_server(receivers.Logs(intake), server)
         als_pb2_grpc.add_AccessLogServiceServicer_to_server(receivers.AccessLog(intake), server)
@@ -137,6 +138,8 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         tritons = (cfg.metrics_tritons or "").split(",") if cfg.metrics_tritons else ()
         measured = measure(intake, Host(cfg.metrics_folder), Gpus(), tritons, cfg.metrics_every_s)
         await stack.enter_async_context(background(measured, _retain(kept, cfg)))
+        if cfg.metrics_nice:
+            priority.lower(cfg.metrics_nice)
         yield intake
 
 

@@ -24,7 +24,8 @@ from starlette.routing import Route
 from services.core.errors import InvalidInput, LingquError, QueueFull, to_rpc_status
 from services.core.rest import to_http
 from services.metrics.intake import Intake
-from services.metrics.receivers import accept, count_spans
+from services.metrics.receivers import Exports, count_spans
+from services.metrics.wire import MetricsData
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,10 @@ Accept = Callable[[Any], Awaitable[Message]]
 
 
 def otlp_app(intake: Intake) -> Starlette:
+    exports = Exports(intake)
+
     async def metrics(request: Any) -> Message:
-        return await accept(intake, request)  # type: ignore[no-any-return]
+        return await exports.accept(request)  # type: ignore[no-any-return]
 
     async def traces(request: Any) -> Message:
         return count_spans(intake, request)  # type: ignore[no-any-return]
@@ -48,7 +51,7 @@ def otlp_app(intake: Intake) -> Starlette:
         routes=[
             Route(
                 "/v1/metrics",
-                _Endpoint(metrics_service_pb2.ExportMetricsServiceRequest, metrics),
+                _Endpoint(metrics_service_pb2.ExportMetricsServiceRequest, metrics, MetricsData),
                 methods=["POST"],
             ),
             Route(
@@ -62,8 +65,9 @@ class _Endpoint:
     """An export of one signal. Statuses are those of OTLP: 400 never to be sent again, 429 and 503 with
     Retry-After to be; bodies of errors are google.rpc.Status in the format of the request."""
 
-    def __init__(self, kind: type[Message], accept: Accept) -> None:
-        self._kind, self._accept = kind, accept
+    def __init__(self, kind: type[Message], accept: Accept, read_as: type[Message] | None = None) -> None:
+        """`read_as`: what is the same on the wire, for `accept`."""
+        self._kind, self._accept, self._read_as = kind, accept, read_as or kind
         self._at_once = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -84,9 +88,9 @@ class _Endpoint:
         try:
             body = await _body(request)
             if len(body) > LARGE_BYTES:
-                parsed = await asyncio.to_thread(_parsed, self._kind, body, kind)
+                parsed = await asyncio.to_thread(self._parsed, body, kind)
             else:
-                parsed = _parsed(self._kind, body, kind)
+                parsed = self._parsed(body, kind)
             return _sent(await self._accept(parsed), kind, 200)
         except LingquError as error:
             return _failed(error, kind)
@@ -97,6 +101,12 @@ class _Endpoint:
             return _failed(LingquError("internal error; the service's log has the details"), kind)
         finally:
             self._at_once -= 1
+
+    def _parsed(self, body: bytes, content_type: str) -> Message:
+        if content_type == JSON and self._read_as is not self._kind:
+            body = _parsed(self._kind, body, JSON).SerializeToString()
+            content_type = PROTOBUF
+        return _parsed(self._read_as, body, content_type)
 
 
 async def _body(request: Request) -> bytes:

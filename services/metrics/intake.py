@@ -104,7 +104,7 @@ class Intake:
 
     def _point(self, reading: Reading) -> Point | Refusal | None:
         """None: there is nothing to tell, since a counter has only begun to be watched."""
-        measurement, fields, time_ns = reading.measurement, reading.fields, reading.time_ns
+        measurement, labels, fields, time_ns, kind, _ = reading
         if not fields:
             return Refusal.NUMBER
         for value in fields.values():
@@ -112,14 +112,14 @@ class Intake:
                 return Refusal.NUMBER
         if not good_name(measurement):
             return Refusal.NAME
-        admitted = self._cardinality.admit(measurement, reading.labels)
+        admitted = self._cardinality.admit(measurement, labels)
         if admitted is None or not self._cardinality.admits_fields(measurement, fields):
             return Refusal.MEASUREMENTS
         if admitted.overflow:
             self.note("overflowed", measurement, 1)
-            if reading.kind is Kind.TOTAL:
+            if kind is Kind.TOTAL:
                 return Refusal.SERIES
-        elif reading.kind is not Kind.LEVEL:
+        elif kind is not Kind.LEVEL:
             added = self._totals.added(reading)
             if added is None:
                 return Refusal.ORDER

@@ -11,11 +11,15 @@ belong together (FAMILIES): those are fields of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+from google.protobuf.message import DecodeError
+from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 
+from services.core.errors import InvalidInput
 from services.metrics.readings import Kind, Reading
 
 VALUE = "value"
@@ -24,62 +28,85 @@ MAX_BUCKETS = 64  # a histogram with more keeps count, sum, min and max
 FAMILIES = (("lingqu.training.layers.", "training.layers"), ("lingqu.training.", "training"))
 """Beginnings of names, and the measurement of all that begin so; the first that fits."""
 
+MAX_KNOWN = 20_000
+MAX_KNOWN_BYTES = 2_048
+"""Of the attributes of a series that is remembered."""
+
+_NONE: Mapping[tuple[bytes, ...], Mapping[str, str]] = MappingProxyType({})
 _OF_RESOURCE = {"service.name": "service", "service.instance.id": "instance"}
 _NO_VALUE = metrics_pb2.DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK
 _CUMULATIVE = metrics_pb2.AGGREGATION_TEMPORALITY_CUMULATIVE
 
 
-def readings(resource_metrics: Iterable[Any]) -> Iterator[Reading]:
-    """All data points of an export, in order; points that say they have no value are left out."""
-    for resource in resource_metrics:
-        common = {
-            _OF_RESOURCE[a.key]: _text(a.value) for a in resource.resource.attributes if a.key in _OF_RESOURCE
-        }
-        for scope in resource.scope_metrics:
-            for metric in scope.metrics:
-                yield from _of_metric(metric, common)
+class Decoder:
+    """Exports as readings. Series come again and again: the labels of those that came are remembered, by the
+    bytes that their attributes have on the wire."""
 
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[str, str], ...], dict[tuple[bytes, ...], Mapping[str, str]]] = {}
+        self._room = MAX_KNOWN
 
-def count(resource_metrics: Iterable[Any]) -> int:
-    """How many data points an export has."""
-    return sum(
-        len(getattr(metric, shape).data_points)
-        for resource in resource_metrics
-        for scope in resource.scope_metrics
-        for metric in scope.metrics
-        if (shape := metric.WhichOneof("data")) is not None
-    )
+    def readings(self, resource_metrics: Iterable[Any]) -> list[Reading]:
+        """All data points of an export (of `wire.MetricsData`), in order; points that say they have no value
+        are left out. Raises InvalidInput for attributes that are none."""
+        found: list[Reading] = []
+        for resource in resource_metrics:
+            attributes = resource.resource.attributes
+            common = tuple((_OF_RESOURCE[a.key], _text(a.value)) for a in attributes if a.key in _OF_RESOURCE)
+            for scope in resource.scope_metrics:
+                for metric in scope.metrics:
+                    self._of_metric(metric, common, found)
+        return found
 
-
-def _of_metric(metric: Any, common: dict[str, str]) -> Iterator[Reading]:
-    shape = metric.WhichOneof("data")
-    if shape is None:
-        return
-    name, field = _named(metric.name)
-    data = getattr(metric, shape)
-    if shape == "gauge":
-        kind = Kind.LEVEL
-    elif shape == "summary":
-        kind = Kind.TOTAL
-    elif data.aggregation_temporality == _CUMULATIVE:
-        kind = Kind.LEVEL if shape == "sum" and not data.is_monotonic else Kind.TOTAL
-    else:
-        kind = Kind.ADDED
-    fields = _FIELDS[shape]
-    for point in data.data_points:
-        if not point.flags & _NO_VALUE:
-            labels = {a.key: _text(a.value) for a in point.attributes}
-            found = fields(point, kind)
-            if field != VALUE and VALUE in found:
-                found = {field: found[VALUE]}
-            yield Reading(
-                name,
-                labels | common if common else labels,
-                found,
-                point.time_unix_nano,
-                kind,
-                point.start_time_unix_nano,
+    def _of_metric(self, metric: Any, common: tuple[tuple[str, str], ...], found: list[Reading]) -> None:
+        shape = metric.WhichOneof("data")
+        if shape is None:
+            return
+        name, field = _named(metric.name)
+        data = getattr(metric, shape)
+        kind = _kind(shape, data)
+        fields = _FIELDS[shape]
+        known = self._known.get(common, _NONE)
+        for point in data.data_points:
+            if point.flags & _NO_VALUE:
+                continue
+            attributes = tuple(point.attributes)
+            labels = known.get(attributes)
+            if labels is None:
+                labels = self._labels(common, attributes)
+                known = self._known.get(common, _NONE)
+            values = fields(point, kind)
+            if field is not VALUE and VALUE in values:
+                values = {field: values[VALUE]}
+            found.append(
+                Reading(name, labels, values, point.time_unix_nano, kind, point.start_time_unix_nano)
             )
+
+    def _labels(
+        self, common: tuple[tuple[str, str], ...], attributes: tuple[bytes, ...]
+    ) -> Mapping[str, str]:
+        try:
+            decoded = [KeyValue.FromString(attribute) for attribute in attributes]
+        except DecodeError as err:
+            raise InvalidInput("attributes", "are no list of opentelemetry.proto.common.v1.KeyValue") from err
+        labels = {a.key: _text(a.value) for a in decoded} | dict(common)
+        size = sum(map(len, attributes)) + sum(len(value) for _, value in common)
+        if size <= MAX_KNOWN_BYTES:
+            if not self._room:
+                self._known, self._room = {}, MAX_KNOWN
+            self._known.setdefault(common, {})[attributes] = labels
+            self._room -= 1
+        return labels
+
+
+def _kind(shape: str, data: Any) -> Kind:
+    if shape == "gauge":
+        return Kind.LEVEL
+    if shape == "summary":
+        return Kind.TOTAL
+    if data.aggregation_temporality == _CUMULATIVE:
+        return Kind.LEVEL if shape == "sum" and not data.is_monotonic else Kind.TOTAL
+    return Kind.ADDED
 
 
 def _named(name: str) -> tuple[str, str]:
@@ -91,6 +118,8 @@ def _named(name: str) -> tuple[str, str]:
 
 
 def _number(point: Any, _: Kind) -> dict[str, float]:
+    if value := point.as_double:
+        return {VALUE: value}
     which = point.WhichOneof("value")
     return {VALUE: float(getattr(point, which))} if which else {}
 

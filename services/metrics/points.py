@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 Labels = tuple[tuple[str, str], ...]
 """Names and values, ordered by name."""
@@ -15,16 +15,16 @@ def labels(values: Mapping[str, str]) -> Labels:
     return tuple(sorted(values.items()))
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """Fields of one series at one moment. `time_ns` counts from 1970, UTC.
+class Point(NamedTuple):
+    """Fields of one series at one moment. `time_ns` counts from 1970, UTC. (A tuple, since it is made in a
+    third of the time that a frozen dataclass takes.)
 
     A counter's field holds what was added since the point before, so that a rate is a sum over time and a
     restart of the counter is no drop. A gauge's field holds its value."""
 
     measurement: str
     labels: Labels
-    fields: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    fields: Mapping[str, float] = MappingProxyType({})
     time_ns: int = 0
 
 

@@ -143,7 +143,7 @@ def test_answers_are_as_the_definition_says(store: Store) -> None:
     @given(batches(), st.lists(queries(), min_size=1, max_size=8))
     def check(points: list[Point], asked: list[Query]) -> None:
         name = next(measurements)
-        points = [replace(point, measurement=name) for point in points]
+        points = [point._replace(measurement=name) for point in points]
         store.write(points)
         for query in (replace(query, measurement=name) for query in asked):
             close(store.query(query), expected(points, query))
@@ -260,13 +260,13 @@ def test_any_text_is_a_name_and_a_value(store: Store) -> None:
 def test_what_no_store_can_keep_is_refused_and_the_rest_is_kept(store: Store) -> None:
     good = [Point("m", labels({"k": "v"}), {"value": 1.0}, START + n) for n in range(3)]
     bad = [
-        replace(good[0], measurement=""),
-        replace(good[0], labels=(("", "v"),)),
-        replace(good[0], labels=(("k", "\ud800"),)),
-        replace(good[0], fields={}),
-        replace(good[0], time_ns=-1),
-        replace(good[0], time_ns=1 << 63),
-        *(replace(good[0], fields={"value": value}) for value in (math.nan, math.inf, -math.inf)),
+        good[0]._replace(measurement=""),
+        good[0]._replace(labels=(("", "v"),)),
+        good[0]._replace(labels=(("k", "\ud800"),)),
+        good[0]._replace(fields={}),
+        good[0]._replace(time_ns=-1),
+        good[0]._replace(time_ns=1 << 63),
+        *(good[0]._replace(fields={"value": value}) for value in (math.nan, math.inf, -math.inf)),
     ]
     with pytest.raises(PointsRefused) as caught:
         store.write([*bad, *good])

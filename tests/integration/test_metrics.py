@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
 import signal
 import sys
 import threading
@@ -476,6 +477,15 @@ async def test_too_many_tails_are_refused(service: Service, monkeypatch: pytest.
 # The process
 
 
+def niceness(pid: int) -> set[int]:
+    """Of the threads of a process; of none if one has just ended."""
+    threads = [int(thread.name) for thread in Path(f"/proc/{pid}/task").iterdir()]
+    try:
+        return {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+    except ProcessLookupError:
+        return set()
+
+
 async def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
     layout = Layout(tmp_path, free_offset())
     part = metrics(layout, Options())
@@ -483,6 +493,7 @@ async def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
     acknowledged = 0
     try:
         await process.until_ready()
+        await until(lambda: niceness(process.pid) == {10}, "all of it goes behind what it measures")
         address = layout.address(at.METRICS)
         killer = asyncio.get_running_loop().call_later(
             0.7, lambda: process._process.send_signal(signal.SIGKILL)

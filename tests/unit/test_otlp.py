@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 
+from services.core.errors import InvalidInput
 from services.metrics import otlp
+from services.metrics.otlp import Decoder
 from services.metrics.readings import Kind, Reading
 from services.metrics.totals import Totals
+from services.metrics.wire import MetricsData
 
 CUMULATIVE = metrics_pb2.AGGREGATION_TEMPORALITY_CUMULATIVE
 DELTA = metrics_pb2.AGGREGATION_TEMPORALITY_DELTA
@@ -28,7 +31,11 @@ def exported(metric: dict[str, Any], **resource: str) -> Any:
 
 
 def readings(metric: dict[str, Any], **resource: str) -> list[Reading]:
-    return list(otlp.readings([exported(metric, **resource)]))
+    return decoded(Decoder(), metrics_pb2.MetricsData(resource_metrics=[exported(metric, **resource)]))
+
+
+def decoded(decoder: Decoder, sent: Any) -> list[Reading]:
+    return decoder.readings(MetricsData.FromString(sent.SerializeToString()).resource_metrics)
 
 
 def number(value: float = 1.0, **fields: Any) -> metrics_pb2.NumberDataPoint:
@@ -183,3 +190,27 @@ def test_additions_are_what_was_counted_whatever_restarts(taken: list[tuple[bool
 def test_numbers_of_a_family_are_fields_of_one_measurement(name: str, measurement: str, field: str) -> None:
     (found,) = readings({"name": name, "gauge": metrics_pb2.Gauge(data_points=[number(2.5)])})
     assert (found.measurement, found.fields) == (measurement, {field: 2.5})
+
+
+def test_labels_are_remembered_by_their_bytes_and_never_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of another resource are other labels; what is long or one too many is read anew."""
+    monkeypatch.setattr(otlp, "MAX_KNOWN", 3)
+    decoder = Decoder()
+    for value in ("a", "b", "a", "c", "d", "x" * 5_000, "a"):
+        for service in ("s", "t", ""):
+            point = number()
+            point.attributes.add(key="k").value.string_value = value
+            metric = {"name": "g", "gauge": metrics_pb2.Gauge(data_points=[point, point])}
+            resource = {"service_name": service} if service else {}
+            sent = metrics_pb2.MetricsData(resource_metrics=[exported(metric, **resource)])
+            expected = {"k": value} | ({"service": service} if service else {})
+            assert [dict(r.labels) for r in decoded(decoder, sent)] == [expected] * 2
+            assert sum(map(len, decoder._known.values())) <= 3
+
+
+def test_what_is_no_attribute_is_told() -> None:
+    sent = MetricsData()
+    metric = sent.resource_metrics.add().scope_metrics.add().metrics.add(name="g")
+    metric.gauge.data_points.add(as_double=1.0, attributes=[b"\xff\xff"])
+    with pytest.raises(InvalidInput, match="attributes"):
+        Decoder().readings(sent.resource_metrics)
