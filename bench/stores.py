@@ -7,6 +7,7 @@ time; points are what the collector writes: three labels, two fields, batches of
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import random
@@ -95,6 +96,8 @@ def run(kind: str, where: str, points: int, queries: int) -> dict[str, float]:
     store: Store = DuckStore(Path(where)) if kind == "duckdb" else InfluxStore(Server(where, "bench"))
     figures = {"points": written(store, points)}
     fill(store)
+    gc.collect()
+    gc.freeze()  # as services do when they are ready
     figures["p95"] = asked(store, queries)
     figures["grown"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
     store.close()

@@ -17,7 +17,7 @@ from services.core.errors import BackendUnavailable
 from services.metrics.store import StoreRefusesAccess
 
 CONNECT_S, READ_S = 3.0, 30.0
-CONNECTIONS = 8
+CONNECTIONS = 12
 MAX_ERROR = 300  # characters of the server's words that are told on
 MAX_RETRY_AFTER_S = 60.0
 LOST = "retention policy not found"  # 1.x says so with status 500

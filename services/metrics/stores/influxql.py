@@ -5,14 +5,18 @@ InfluxQL is what every InfluxDB from 1.x to 3.x understands. Texts of a question
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from services.metrics.points import Labels
 from services.metrics.queries import Aggregate, Query, Series
 from services.metrics.stores.lineprotocol import read, spelt, spelt_name
 
-Window = tuple[Labels, int]
+Windows = dict[Labels, dict[int, list[float]]]
+"""Numbers by group and beginning of the window."""
+
+SLICES = 4
+MIN_SLICED_NS = 3600 * 1_000_000_000
 
 # What is asked of raw points, and of roll-ups; answers about parts of a window are joined by `joined`.
 _RAW = {
@@ -85,12 +89,23 @@ class Part(NamedTuple):
     end_ns: int
 
 
-def select(query: Query, parts: Sequence[Part]) -> str:
-    """A statement for each part of the question's range."""
-    return "; ".join(_select(query, *part, alone=len(parts) == 1) for part in parts)
+def sliced(query: Query, part: Part) -> list[Part]:
+    """Parts of a part, to be asked side by side: a server computes each with one processor. Whole windows, so
+    that answers need not be put together; one if it is short."""
+    window = query.window_ns
+    if not window or part.end_ns - part.start_ns < max(MIN_SLICED_NS, 2 * SLICES * window):
+        return [part]
+    step = -(-(part.end_ns - part.start_ns) // (SLICES * window)) * window
+    first = part.start_ns - part.start_ns % window
+    starts = [part.start_ns, *range(first + step, part.end_ns, step)]
+    return [
+        Part(part.table, start, end) for start, end in zip(starts, [*starts[1:], part.end_ns], strict=True)
+    ]
 
 
-def _select(query: Query, table: Table, start_ns: int, end_ns: int, *, alone: bool) -> str:
+def select(query: Query, part: Part, *, alone: bool) -> str:
+    """`alone`: no window is in another part, too."""
+    table, start_ns, end_ns = part
     wanted = [f"time >= {start_ns}", f"time < {end_ns}"]
     for label, values in query.filters.items():
         name = quoted(spelt_name(label)) + "::tag"
@@ -118,30 +133,35 @@ def _selected(query: Query, table: Table, alone: bool) -> str:
     return ", ".join(function.format(field) for function in _RAW[query.aggregate])
 
 
-def answered(query: Query, rows: Iterable[Mapping[str, Any]]) -> dict[Window, list[float]]:
-    """The numbers of each group and window in the answer to `select`."""
-    found: dict[Window, list[float]] = {}
+def answered(query: Query, rows: Iterable[Mapping[str, Any]]) -> Windows:
+    """What the answer to `select` says."""
+    found: Windows = {}
     for row in rows:
         tags = row.get("tags") or {}
         group = tuple((label, read(tags.get(spelt_name(label)) or "")) for label in sorted(query.group_by))
+        windows = found.setdefault(group, {})
         for time_ns, *numbers in row["values"]:
             if None not in numbers:
-                begin = time_ns if query.window_ns else query.start_ns
-                found[group, begin] = numbers
+                windows[time_ns if query.window_ns else query.start_ns] = numbers
     return found
 
 
-def joined(query: Query, parts: Iterable[Mapping[Window, list[float]]]) -> list[Series]:
+def joined(query: Query, parts: Iterable[Windows]) -> list[Series]:
     """One answer of those about parts of the range, the oldest first."""
-    windows: dict[Window, list[float]] = {}
+    found: Windows = {}
     for part in parts:
-        for window, numbers in part.items():
-            known = windows.get(window)
-            windows[window] = numbers if known is None else _both(query.aggregate, known, numbers)
-    found: dict[Labels, list[tuple[int, float]]] = {}
-    for (group, begin), numbers in sorted(windows.items()):
-        found.setdefault(group, []).append((begin, _value(query, numbers)))
-    return [Series(group, tuple(values)) for group, values in found.items()]
+        for group, windows in part.items():
+            known = found.setdefault(group, windows)
+            if known is windows:
+                continue
+            for begin, numbers in windows.items():
+                old = known.get(begin)
+                known[begin] = numbers if old is None else _both(query.aggregate, old, numbers)
+    return [
+        Series(group, tuple((begin, _value(query, numbers)) for begin, numbers in sorted(windows.items())))
+        for group, windows in sorted(found.items())
+        if windows
+    ]
 
 
 def _both(aggregate: Aggregate, old: list[float], new: list[float]) -> list[float]:
