@@ -27,6 +27,9 @@ IDLE_POLL_S = 0.2  # how soon a sink that gave up is noticed while nothing is co
 GATHER_S, GATHER_MOST_S = 0.003, 0.025  # for company, where most of a step would be new: each, in all
 GATHER_TOKENS = 256  # of prompts; more are not computed in one step
 LONG_STEP_S = 0.1  # after which what a step kept out is waited for in any case
+PACE_S = (
+    0.016  # between messages that go on: tokens of shorter steps go together, but for the first and the last
+)
 ALIVE_S = 2.0  # how often sinks hear that the engine works, even if it has no token for them
 REOPEN_S = (1.0, 30.0)  # between attempts to open a runtime again: at first, at most
 
@@ -116,7 +119,7 @@ class Sink(Protocol):
         a finish other than NONE."""
 
     def step_done(self, running: int) -> None:
-        """All of one step was emitted; `running` sequences go on."""
+        """All of one step was emitted; `running` sequences go on. It is to be sent with the next flush."""
 
     def alive(self) -> None:
         """The engine works, though it may have nothing to emit."""
@@ -172,7 +175,7 @@ class _Running:
 
 class Engine:
     """Owns the thread that steps the runtime. `open_runtime` makes one; its errors are the constructor's.
-    `flush` is called when sinks have been told of all of a step."""
+    `flush` is called when sinks have been told of all of a step, or of several short ones (PACE_S)."""
 
     def __init__(
         self,
@@ -190,7 +193,7 @@ class Engine:
         self._slices = Slices()
         self._slice: Handle | None = None  # the one that is being computed
         self._next_id = 1
-        self._alive_at = time.monotonic()
+        self._alive_at = self._told_at = time.monotonic()
         self._step_s = 0.0  # how long the last one took
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -237,14 +240,16 @@ class Engine:
             raise RuntimeBroken from err
         now = time.monotonic()
         self._step_s = now - begun
-        self._publish()
+        is_due = self._publish() or now - self._told_at >= PACE_S
         self._end_slice(now, self._step_s)
         self._move_displaced()
         if now - self._alive_at >= ALIVE_S:
-            self._alive_at = now
+            self._alive_at, is_due = now, True
             for sink in self._sinks():
                 sink.alive()
-        self._flush()
+        if is_due:
+            self._told_at = now
+            self._flush()
 
     def _take_commands(self) -> None:
         """All that wait; blocks a little while there is nothing to compute. What would be computed anew waits
@@ -349,8 +354,9 @@ class Engine:
     def _sinks(self) -> list[Sink]:
         return list({id(r.sink): r.sink for r in self._running.values()}.values())
 
-    def _publish(self) -> None:
-        total = 0
+    def _publish(self) -> bool:
+        """Tell the sinks what was made. Returns whether a sequence began or ended."""
+        total, is_news = 0, False
         touched: dict[int, Sink] = {}
         ended: list[int] = []
         for number, running in self._running.items():
@@ -359,6 +365,7 @@ class Engine:
             tokens, logprobs, finish = _read(running.handle)
             if not tokens and not finish:
                 continue
+            is_news |= not running.tokens or bool(finish)
             total += len(tokens)
             running.tokens += len(tokens)
             sink = running.sink
@@ -375,6 +382,7 @@ class Engine:
         self.counts.steps += 1
         self.counts.tokens += total
         self.counts.sequences = len(self._running)
+        return is_news
 
     def _end(self, number: int, finish: Finish) -> None:
         running = self._running.pop(number)
