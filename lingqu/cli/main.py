@@ -9,6 +9,7 @@ import typer
 
 import lingqu
 from lingqu.cli import (
+    alerts,
     clients,
     keys,
     limits,
@@ -94,6 +95,7 @@ app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(clients.app, name="clients")
 app.add_typer(limits.app, name="limits")
 app.add_typer(metrics.app, name="metrics")
+app.add_typer(alerts.app, name="alerts")
 app.add_typer(keys.app, name="keys")
 app.add_typer(registry.app, name="registry")
 app.add_typer(routes.app, name="routes")

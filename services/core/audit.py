@@ -35,7 +35,8 @@ FILES = 8
 MAX_REQUEST_BYTES = 4_096
 # What reads, and what parts of the suite do by themselves, many times a second.
 _UNTOLD = (
-    "Get", "List", "Watch", "Describe", "KeepAlive", "RegisterInstance", "DeregisterInstance", "RecordKey"
+    "Get", "List", "Watch", "Describe", "KeepAlive", "RegisterInstance", "DeregisterInstance", "RecordKey",
+    "Query", "Tail",
 )  # fmt: skip
 _SERVICES = "lingqu."
 _OF_PARTS = ("lingqu.registry.v1.LedgerService", "lingqu.gateway.v1.LimiterService")

@@ -78,6 +78,13 @@ class Callers:
             return ANONYMOUS
         return identify(sent, self._current(self._path))
 
+    def check_admin(self, metadata: Iterable[tuple[str, str | bytes]] | None, what: str) -> None:
+        """Raises PermissionDenied unless the caller's key has the admin scope. Without a key set nobody is
+        known, and whoever reaches the port is trusted."""
+        if self.known:
+            caller = self.of(metadata)
+            require(caller.admin, caller, f"{what}: an admin key is needed")
+
     def _current(self, path: Path) -> list[Any]:
         try:
             written = path.stat().st_mtime_ns

@@ -8,22 +8,31 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import grpc
 from envoy.service.accesslog.v3 import als_pb2_grpc
 from opentelemetry import trace
 from opentelemetry.proto.collector.logs.v1 import logs_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, field_validator
 
 from lingqu.metrics.v1.metrics_pb2_grpc import add_MetricsServiceServicer_to_server
+from services.core.audit import audited
 from services.core.errors import LingquError
+from services.core.identity import Callers
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Addresses, Settings
 from services.core.tasks import background
 from services.inference.rest.server import serving_http
 from services.metrics import priority, receivers
+from services.metrics.alerts.archive import Archive
+from services.metrics.alerts.book import Book
+from services.metrics.alerts.engine import Engine
+from services.metrics.alerts.fresh import Fresh
+from services.metrics.alerts.notices import Timing
+from services.metrics.alerts.webhook import Target, Webhook
 from services.metrics.cardinality import Cardinality
 from services.metrics.host import Gpus, Host
 from services.metrics.http import otlp_app
@@ -55,6 +64,14 @@ def _store_url(value: str) -> str:
     return value
 
 
+def _webhook(value: str) -> str:
+    found = urlsplit(value)
+    if value and (found.scheme not in ("http", "https") or not found.hostname or found.username is not None):
+        # Not shown: receivers have secrets in their URLs.
+        raise ValueError("is not like https://host/path; credentials go into LINGQU_ALERTS_WEBHOOK_TOKEN")
+    return value
+
+
 class MetricsSettings(Settings):
     metrics_listen: Address = "127.0.0.1:4317"
     metrics_http_listen: Address = "127.0.0.1:4318"
@@ -79,6 +96,30 @@ class MetricsSettings(Settings):
     """Niceness from when it is ready on: a start that others wait for is not held up."""
     metrics_tritons: Addresses | None = None
     """Prometheus ports of Tritons, separated by commas."""
+    jwks: Path | None = None
+    """File with the gateway's public keys: rules and silences need an admin key; unset: they do not."""
+    alerts_webhook: SecretStr = SecretStr("")
+    """URL that gets alerts as Alertmanager sends them; empty: they are listed and logged only."""
+    alerts_webhook_token: SecretStr = SecretStr("")
+    """Sent to it as a bearer token."""
+    alerts_webhook_secret: SecretStr = SecretStr("")
+    """Its notifications are signed with this (HMAC-SHA256)."""
+    alerts_url: str = ""
+    """Where people look further, in notifications."""
+    alerts_every_s: float = Field(15.0, ge=0.1)
+    """How often rules are evaluated at most."""
+    alerts_wait_s: float = Field(5.0, ge=0)
+    """How long a first notification of a rule waits for others."""
+    alerts_interval_s: float = Field(60.0, ge=0)
+    """The least time between two notifications of a rule."""
+    alerts_repeat_s: float = Field(4 * 3600.0, ge=1)
+    """How often what still fires is told again."""
+
+    @field_validator("alerts_webhook")
+    @classmethod
+    def _is_url(cls, value: SecretStr) -> SecretStr:
+        _webhook(value.get_secret_value())
+        return value
 
 
 @contextmanager
@@ -120,13 +161,16 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         writer, tails = Writer(kept, not_kept), Tails()
         intake = Intake(writer, tails, Cardinality())
         stack.enter_context(writer.running())
+        alerts, callers = _alerts(kept, cfg), Callers(cfg.jwks)
+        stack.callback(alerts.close)
         # Its own spans would come back to it.
         tracer = trace.NoOpTracerProvider().get_tracer("lingqu-metrics")
         options = dict(SERVER_OPTIONS) | {"grpc.max_receive_message_length": MAX_EXPORT_BYTES}
         server = grpc.aio.server(
-            interceptors=server_stack(tracer, cfg.max_in_flight), options=list(options.items())
+            interceptors=server_stack(tracer, cfg.max_in_flight, *audited(cfg.audit_log, callers.of)),
+            options=list(options.items()),
         )
-        service = Metrics(kept, tails)
+        service = Metrics(kept, tails, alerts, callers)
         stack.callback(service.close)
         add_MetricsServiceServicer_to_server(service, server)
         receivers.add_metrics(receivers.Metrics(intake), server)
@@ -137,10 +181,21 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         await stack.enter_async_context(serving_http(otlp_app(intake), cfg.metrics_http_listen, cfg.grace_s))
         tritons = (cfg.metrics_tritons or "").split(",") if cfg.metrics_tritons else ()
         measured = measure(intake, Host(cfg.metrics_folder), Gpus(), tritons, cfg.metrics_every_s)
-        await stack.enter_async_context(background(measured, _retain(kept, cfg)))
+        await stack.enter_async_context(background(measured, _retain(kept, cfg), alerts.run()))
         if cfg.metrics_nice:
             priority.lower(cfg.metrics_nice)
         yield intake
+
+
+def _alerts(store: Store, cfg: MetricsSettings) -> Engine:
+    archive, webhook = Archive(cfg.metrics_folder / "alerts"), None
+    if url := cfg.alerts_webhook.get_secret_value():
+        token, secret = cfg.alerts_webhook_token, cfg.alerts_webhook_secret
+        target = Target(url, token.get_secret_value(), secret.get_secret_value(), cfg.alerts_url)
+        webhook = Webhook(target)
+    timing = Timing(cfg.alerts_wait_s, cfg.alerts_interval_s, cfg.alerts_repeat_s)
+    asked = Fresh(store) if isinstance(store, Spooled) else store
+    return Engine(asked, archive, Book(archive), webhook, cfg.alerts_every_s, timing)
 
 
 async def _retain(store: Store, cfg: MetricsSettings) -> None:

@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 from lingqu.metrics.v1 import metrics_pb2 as pb
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceServicer
 from services.core.errors import QueueFull
+from services.core.identity import Callers
 from services.core.interceptors import Context
 from services.metrics import convert, tails
+from services.metrics.alerts.engine import Engine
+from services.metrics.alerts.service import AlertRpcs
 from services.metrics.store import Store
 from services.metrics.tails import SlowTail, Tails
 
@@ -22,10 +25,11 @@ THREADS = 2
 MAX_WAITING = 64
 
 
-class Metrics(MetricsServiceServicer):
+class Metrics(AlertRpcs, MetricsServiceServicer):
     """Questions wait in threads of their own, so that slow ones are in nobody's way but each other's."""
 
-    def __init__(self, store: Store, followers: Tails) -> None:
+    def __init__(self, store: Store, followers: Tails, alerts: Engine, callers: Callers) -> None:
+        super().__init__(alerts, callers)
         self._store, self._tails = store, followers
         self._threads = ThreadPoolExecutor(THREADS, "metrics-query")
         self._asked = 0

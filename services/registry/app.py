@@ -23,7 +23,8 @@ from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Addresses, Settings, Trusted
 from services.core.tasks import background
-from services.core.telemetry import tracing
+from services.core.telemetry import metering, tracing
+from services.registry import figures
 from services.registry.access import Access
 from services.registry.backups import Backups
 from services.registry.callers import AdmittedCallers
@@ -65,6 +66,9 @@ class RegistrySettings(Settings):
 async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(tracing("lingqu-registry", cfg.otlp_endpoint))
+        meter = stack.enter_context(
+            metering("lingqu-registry", cfg.otlp_endpoint or cfg.metrics, cfg.registry_listen)
+        )
         etcd = Etcd(cfg.etcd, cfg.identity)
         stack.push_async_callback(etcd.close)
         mirror, leases, renewals = Mirror(etcd), Leases(etcd), Renewals(etcd)
@@ -88,6 +92,7 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         access_pb2_grpc.add_AccessServiceServicer_to_server(Access(mirror, commits, callers), server)
         ledger_pb2_grpc.add_LedgerServiceServicer_to_server(Ledger(etcd, mirror), server)
         backups_pb2_grpc.add_BackupServiceServicer_to_server(Backups(etcd, mirror, callers), server)
+        figures.observe(meter, lambda: mirror.stale)
         await stack.enter_async_context(background(mirror.run(), leases.run(), renewals.run()))
         await mirror.synced()
         # Thousands of streams that live long: looking through all of them again and again paused everybody.

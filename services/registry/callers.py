@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lingqu.registry.v1 import access_pb2
 from services.core.errors import ClientDisabled, KeyRevoked
-from services.core.identity import Caller, Callers, require
+from services.core.identity import Caller, Callers
 from services.registry.keyspace import CLIENTS, REVOKED
 from services.registry.mirror import Mirror
 
@@ -29,10 +29,3 @@ class AdmittedCallers(Callers):
         if record is not None and access_pb2.Client.FromString(record.value).disabled:
             raise ClientDisabled(f'client "{caller.client}" is disabled')
         return caller
-
-    def check_admin(self, metadata: Iterable[tuple[str, str | bytes]] | None, what: str) -> None:
-        """Raises PermissionDenied unless the caller's key has the admin scope. Without a key set nobody is
-        known, and whoever reaches the port is trusted."""
-        if self.known:
-            caller = self.of(metadata)
-            require(caller.admin, caller, f"{what}: an admin key is needed")

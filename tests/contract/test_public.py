@@ -33,7 +33,20 @@ METHODS = {
         "SetTraffic",
         "WatchModels",
     },
-    "lingqu.metrics.v1.MetricsService": {"Query", "ListSeries", "Tail"},
+    "lingqu.metrics.v1.MetricsService": {
+        "Query",
+        "ListSeries",
+        "Tail",
+        "CreateAlertRule",
+        "UpdateAlertRule",
+        "DeleteAlertRule",
+        "ListAlertRules",
+        "ListAlerts",
+        "CreateSilence",
+        "DeleteSilence",
+        "ListSilences",
+        "TestWebhook",
+    },
     "lingqu.gateway.v1.GatewayService": {"CreateKey", "DescribeRoutes", "ExplainRoute"},
 }
 FIELDS = {
@@ -94,6 +107,7 @@ def test_the_ports_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> No
         "keys list", "keys rotate", "keys signing",
         "clients list", "clients show", "clients set", "clients delete",
         "metrics query", "metrics list", "metrics tail",
+        "alerts", "alerts list", "alerts rules create", "alerts silence",
         "registry backup", "registry restore",
     ],
 )  # fmt: skip

@@ -1,0 +1,440 @@
+"""Alerts as people and receivers meet them: the real service and store, a real receiver, and what fails."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
+from typer.testing import CliRunner
+
+from deploy.local import layout as at
+from deploy.local.layout import Layout
+from lingqu.cli.main import app
+from lingqu.metrics.v1 import alerts_pb2, metrics_pb2
+from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
+from services.core.settings import load
+from services.gateway.keys import KeyRing
+from services.metrics.alerts import convert, engine, webhook
+from services.metrics.alerts.notices import Notice, Notification
+from services.metrics.alerts.rules import Comparison, Rule, Selection, Threshold
+from services.metrics.app import MetricsSettings
+from services.metrics.app import running as service_running
+from services.metrics.queries import Aggregate, Query, Series
+from services.metrics.store import Store
+from tests.conftest import free_offset
+from tests.metrics import Memory
+from tests.waiting import pause, until
+
+FIRING, RESOLVED = alerts_pb2.ALERT_STATE_FIRING, alerts_pb2.ALERT_STATE_RESOLVED
+HOT = Rule(
+    "hot",
+    Threshold(Selection("oven", aggregate=Aggregate.LAST, group_by=("room",)), 300, Comparison.ABOVE, 100.0),
+    summary="{room} is at {value}",
+)
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "TICK_S", 0.05)
+    monkeypatch.setattr(Rule, "every_s", lambda rule, least_s: 0.1)
+    monkeypatch.setattr(engine, "MAX_PAUSE_S", 0.2)
+
+
+class Receiver:
+    """Takes notifications; answers `status`, and not before `answering` is set."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[dict[str, Any], dict[str, str], bytes]] = []
+        self.status, self.asked = 200, 0
+        self.answering = threading.Event()
+        self.answering.set()
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                receiver.asked += 1
+                receiver.answering.wait(10)
+                if receiver.status == 200:
+                    headers = {name.lower(): value for name, value in self.headers.items()}
+                    receiver.taken.append((json.loads(body), headers, body))
+                self.send_response(receiver.status)
+                self.end_headers()
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/hook"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def told(self, rule: str) -> list[dict[str, Any]]:
+        return [body for body, _, _ in self.taken if body["groupLabels"]["alertname"] == rule]
+
+    def close(self) -> None:
+        self.answering.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    made = Receiver()
+    yield made
+    made.close()
+
+
+class Answering(Memory):
+    """A store that answers `found` for the measurement "oven"."""
+
+    found: tuple[Series, ...] = ()
+
+    def query(self, query: Query) -> list[Series]:
+        super().query(query)
+        return list(self.found) if query.measurement == "oven" else []
+
+    def hot(self, *rooms: str) -> None:
+        self.found = tuple(Series((("room", room),), ((1, 200.0),)) for room in rooms)
+
+
+class Suite:
+    """The service, and its parts as others call them."""
+
+    def __init__(self, folder: Path, offset: int, channel: grpc.aio.Channel) -> None:
+        self.state, self.stub = folder, MetricsServiceStub(channel)
+        self._sender = metrics_service_pb2_grpc.MetricsServiceStub(channel)
+        (folder / "suite.json").write_text(json.dumps({"offset": offset, "pid": os.getpid()}))
+        if not (folder / "dev.key").exists():
+            (folder / "dev.key").write_text("none")
+
+    async def measured(self, room: str, value: float) -> None:
+        request = metrics_service_pb2.ExportMetricsServiceRequest()
+        metric = request.resource_metrics.add().scope_metrics.add().metrics.add(name="oven")
+        point = metric.gauge.data_points.add(as_double=value, time_unix_nano=time.time_ns())
+        point.attributes.add(key="room").value.string_value = room
+        await self._sender.Export(request, timeout=10)
+
+    async def create(self, rule: Rule = HOT) -> None:
+        request = metrics_pb2.CreateAlertRuleRequest(rule=convert.from_rule(rule))
+        await self.stub.CreateAlertRule(request, timeout=10)
+
+    async def alerts(self, *states: Any) -> dict[str, Any]:
+        """Of the rule "hot", by room."""
+        request = alerts_pb2.ListAlertsRequest(rule="hot", states=states)
+        answer = await self.stub.ListAlerts(request, timeout=10)
+        return {alert.labels["room"]: alert for alert in answer.alerts}
+
+    async def rule(self, name: str = "hot") -> Any:
+        answer = await self.stub.ListAlertRules(metrics_pb2.ListAlertRulesRequest(), timeout=10)
+        return next(entry for entry in answer.rules if entry.rule.name == name)
+
+    async def evaluated(self) -> None:
+        """The rule was evaluated once more, from now on."""
+        now = time.time_ns()
+
+        async def later() -> bool:
+            return (await self.rule()).status.evaluated_time.ToNanoseconds() > now
+
+        await until(later, "the rule is evaluated")
+
+    async def cli(self, *args: str) -> tuple[int, str]:
+        done = await asyncio.to_thread(CliRunner().invoke, app, ["--state", str(self.state), "alerts", *args])
+        return done.exit_code, done.output
+
+
+@asynccontextmanager
+async def suite(folder: Path, url: str = "", store: Store | None = None, **more: Any) -> AsyncIterator[Suite]:
+    offset = free_offset()
+    layout = Layout(folder, offset)
+    given = {"alerts_interval_s": 0.0, "alerts_wait_s": 0.0, "alerts_every_s": 0.1, **more}
+    cfg = MetricsSettings(
+        metrics_listen=layout.address(at.METRICS),
+        metrics_http_listen=layout.address(at.METRICS_HTTP),
+        metrics_folder=folder,
+        grace_s=0.5,
+        alerts_webhook=url,
+        **given,
+    )
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with (
+        service_running(cfg, store),
+        grpc.aio.insecure_channel(cfg.metrics_listen, options=options) as channel,
+    ):
+        yield Suite(folder, offset, channel)
+
+
+async def test_an_alert_goes_from_a_point_to_the_receiver_and_back_and_through_a_restart(
+    tmp_path: Path, receiver: Receiver
+) -> None:
+    secrets = {"alerts_webhook_token": "t0ken", "alerts_webhook_secret": "s3cret", "alerts_url": "http://c"}
+    async with suite(tmp_path, receiver.url, **secrets) as made:
+        await made.create()
+        await made.measured("kitchen", 180)
+        await until(lambda: receiver.told("hot"), "the receiver is told")
+        (alert,) = (await made.alerts(FIRING)).values()
+        assert alert.summary == "kitchen is at 180"
+    async with suite(tmp_path, receiver.url, **secrets) as made:
+        await made.evaluated()
+        assert (await made.alerts(FIRING))["kitchen"].fired_time == alert.fired_time
+        await pause(0.3, "a second notification of the same firing would come in this time")
+        assert len(receiver.told("hot")) == 1
+        receiver.status = 503
+        await made.measured("kitchen", 20)
+        await until(lambda: made.alerts(RESOLVED), "it is resolved")
+        await until(lambda: receiver.asked >= 2, "the receiver was asked, and refused")
+    receiver.status = 200
+    async with suite(tmp_path, receiver.url, **secrets):
+        await until(lambda: len(receiver.told("hot")) == 2, "the end is not forgotten")
+    first, last = receiver.told("hot")
+    assert (first["version"], first["status"], last["status"]) == ("4", "firing", "resolved")
+    (fired,), (ended,) = first["alerts"], last["alerts"]
+    assert fired["labels"] == {"alertname": "hot", "severity": "warning", "room": "kitchen"}
+    assert (fired["endsAt"], fired["status"], ended["status"]) == (
+        "0001-01-01T00:00:00Z",
+        "firing",
+        "resolved",
+    )
+    assert ended["startsAt"] == fired["startsAt"] < ended["endsAt"]
+    assert ended["fingerprint"] == fired["fingerprint"] == alert.fingerprint
+    for name in (
+        "groupKey",
+        "truncatedAlerts",
+        "receiver",
+        "commonLabels",
+        "commonAnnotations",
+        "externalURL",
+    ):
+        assert name in first
+    _, headers, body = receiver.taken[0]
+    assert headers["authorization"] == "Bearer t0ken"
+    sent_at, _, digest = headers[webhook.SIGNATURE].removeprefix("t=").partition(",v1=")
+    expected = hmac.new(b"s3cret", sent_at.encode() + b"." + body, hashlib.sha256).hexdigest()
+    assert digest == expected
+
+
+@pytest.mark.parametrize("fault", ["slow", "dead", "500"])
+async def test_a_receiver_that_fails_holds_up_no_evaluation_and_is_told_in_the_end(
+    tmp_path: Path, receiver: Receiver, fault: str
+) -> None:
+    store, url = Answering(), receiver.url
+    if fault == "dead":
+        url = "http://127.0.0.1:9/hook"
+    elif fault == "slow":
+        receiver.answering.clear()
+    else:
+        receiver.status = 500
+    async with suite(tmp_path, url, store) as made:
+        store.hot("kitchen")
+        await made.create()
+        await until(lambda: made.alerts(FIRING), "it fires")
+        if fault != "dead":
+            await until(lambda: receiver.asked, "the receiver was asked")
+        store.hot("kitchen", "hall")
+        await made.evaluated()
+        assert set(await made.alerts(FIRING)) == {"kitchen", "hall"}
+        assert not receiver.taken
+        receiver.status = 200
+        receiver.answering.set()
+        if fault == "dead":
+            return
+        await until(lambda: receiver.told("hot"), "it is told in the end")
+        await until(lambda: len(receiver.told("hot")[-1]["alerts"]) == 2, "with what fired meanwhile")
+
+
+async def test_while_the_store_is_away_nobody_knows(tmp_path: Path, receiver: Receiver) -> None:
+    store = Answering()
+    async with suite(tmp_path, receiver.url, store) as made:
+        store.hot("kitchen")
+        await made.create()
+        await until(lambda: receiver.told("hot"), "the receiver is told")
+        store.away.set()
+        await made.evaluated()
+        await made.evaluated()
+        status = (await made.rule()).status
+        assert status.health == alerts_pb2.RULE_HEALTH_UNKNOWN
+        assert "away" in status.error
+        assert (await made.alerts(FIRING))["kitchen"].unknown
+        assert "unknown, since the store does not answer" in (await made.cli())[1]
+        assert len(receiver.told("hot")) == 1
+        store.away.clear()
+        await made.evaluated()
+        assert (await made.rule()).status.health == alerts_pb2.RULE_HEALTH_OK
+        assert list(await made.alerts(FIRING)) == ["kitchen"]
+
+
+async def test_files_that_are_corrupt_are_set_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "alerts"
+    folder.mkdir()
+    (folder / "state.json").write_bytes(b'{"alerts": {"hot": [{"labels": 3')
+    (folder / "rules.json").write_text('{"rules": 7}')
+    store = Answering()
+    async with suite(tmp_path, store=store) as made:
+        assert {path.name for path in folder.iterdir()} >= {"state.json.corrupt", "rules.json.corrupt"}
+        await made.create()
+        store.hot("kitchen")
+        await until(lambda: made.alerts(FIRING), "it fires")
+    kept = json.loads((folder / "rules.json").read_text())
+    kept["rules"].append({"name": "of a later version", "forecast": {}})
+    (folder / "rules.json").write_text(json.dumps(kept))
+    async with suite(tmp_path, store=store) as made:
+        assert (await made.rule()).rule.name == "hot"
+
+
+async def test_a_silence_holds_back_and_ends(tmp_path: Path, receiver: Receiver) -> None:
+    store = Answering()
+    async with suite(tmp_path, receiver.url, store) as made:
+        code, said = await made.cli(
+            "silence", "alertname=hot", "room=kit*", "--for", "1h", "--reason", "repairs"
+        )
+        assert code == 0, said
+        await made.create()
+        store.hot("kitchen", "hall")
+        await until(lambda: receiver.told("hot"), "the receiver is told")
+        assert [alert["labels"]["room"] for alert in receiver.told("hot")[-1]["alerts"]] == ["hall"]
+        (silence,) = (await made.stub.ListSilences(alerts_pb2.ListSilencesRequest())).silences
+        assert list((await made.alerts(FIRING))["kitchen"].silenced_by) == [silence.id]
+        assert "silenced" in (await made.cli())[1]
+        assert (await made.cli("unsilence", silence.id))[0] == 0
+        await until(lambda: len(receiver.told("hot")[-1]["alerts"]) == 2, "the receiver is told of the other")
+        code, said = await made.cli("unsilence", silence.id)
+        assert code == 1
+        assert "no silence" in said
+
+
+async def test_rules_of_ours_are_disabled_and_replaced_but_not_changed(tmp_path: Path) -> None:
+    async with suite(tmp_path, store=Answering()) as made:
+        assert (await made.cli("rules", "disable", "queue-growing"))[0] == 0
+        ours = await made.rule("queue-growing")
+        assert ours.rule.default_rule
+        assert ours.status.health == alerts_pb2.RULE_HEALTH_DISABLED
+        ours.rule.summary = "another"
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await made.stub.UpdateAlertRule(metrics_pb2.UpdateAlertRuleRequest(rule=ours.rule), timeout=5)
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        code, said = await made.cli("rules", "delete", "queue-growing")
+        assert code == 1
+        assert "disable it" in said
+        created = (
+            "rules",
+            "create",
+            "queue-growing",
+            "oven",
+            "--above",
+            "7",
+            "--window",
+            "1m",
+            "--by",
+            "room",
+        )
+        code, said = await made.cli(*created)
+        assert code == 0, said
+        replaced = (await made.rule("queue-growing")).rule
+        assert (replaced.default_rule, replaced.disabled, replaced.threshold.value) == (False, False, 7)
+        code, said = await made.cli(*created)
+        assert code == 1
+        assert "there is a rule" in said
+    async with suite(tmp_path, store=Answering()) as made:
+        assert (await made.rule("queue-growing")).rule.threshold.value == 7
+        assert (await made.cli("rules", "delete", "queue-growing"))[0] == 0
+        assert (await made.rule("queue-growing")).rule.default_rule
+        listed = json.loads((await made.cli("rules", "list", "--json"))[1])
+        assert {"error-budget-fast", "replica-down", "queue-growing"} <= {
+            entry["rule"]["name"] for entry in listed
+        }
+        code, said = await made.cli("rules", "create", "x", "oven", "--above", "7", "--window", "1s")
+        assert code == 1
+        assert "rule.threshold.window" in said
+
+
+async def test_a_rule_that_is_deleted_is_resolved_for_its_receiver(
+    tmp_path: Path, receiver: Receiver
+) -> None:
+    store = Answering()
+    async with suite(tmp_path, receiver.url, store) as made:
+        store.hot("kitchen")
+        await made.create()
+        await until(lambda: receiver.told("hot"), "the receiver is told")
+        assert (await made.cli("rules", "delete", "hot"))[0] == 0
+        await until(lambda: receiver.told("hot")[-1]["status"] == "resolved", "and that it is over")
+
+
+async def test_of_an_explosion_of_series_so_many_are_followed_and_it_is_said(tmp_path: Path) -> None:
+    store = Answering()
+    async with suite(tmp_path, store=store) as made:
+        store.hot(*(f"r{number:04}" for number in range(3_000)))
+        await made.create()
+        await until(lambda: made.alerts(FIRING), "they fire")
+        assert len(await made.alerts()) == 100
+        status = (await made.rule()).status
+        assert status.overflowed == 2_900
+        assert len(status.overflowed_series) == 10
+        assert status.overflowed_series[0].startswith("room=r")
+
+
+async def test_only_admins_write_where_callers_are_known(tmp_path: Path, receiver: Receiver) -> None:
+    ring = KeyRing.at(tmp_path / "signing.pem")
+    (tmp_path / "jwks.json").write_text(json.dumps(ring.jwks()))
+    known: dict[str, Any] = {"jwks": tmp_path / "jwks.json", "audit_log": tmp_path / "audit.jsonl"}
+    async with suite(tmp_path, receiver.url, Answering(), **known) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await made.create()
+        assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        (tmp_path / "dev.key").write_text(ring.mint("alice", 60).key)
+        code, said = await made.cli("silence", "room=x", "--reason", "why")
+        assert code == 1
+        assert "admin key" in said
+        assert (await made.cli("list", "--json")) == (0, "[]\n")
+        (tmp_path / "dev.key").write_text(ring.mint("root", 60, admin=True).key)
+        assert (await made.cli("silence", "room=x", "--reason", "why"))[0] == 0
+        assert "root" in (await made.cli("silences"))[1]
+        code, said = await made.cli("test")
+        assert code == 0, said
+        assert receiver.told("test")
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert {line["method"] for line in lines} == {"CreateAlertRule", "CreateSilence", "TestWebhook"}
+    async with suite(tmp_path, store=Answering(), jwks=tmp_path / "jwks.json") as made:
+        code, said = await made.cli("test")
+        assert code == 1
+        assert "LINGQU_ALERTS_WEBHOOK" in said
+
+
+async def test_a_receiver_that_drips_or_refuses_is_given_up(receiver: Receiver) -> None:
+    notification = Notification("test", (Notice((("alertname", "test"),), "", 0.0, 1),), ())
+    receiver.answering.clear()
+    sender = webhook.Webhook(webhook.Target(receiver.url), read_s=0.1)
+    with pytest.raises(webhook.WebhookFailed) as slow:
+        await asyncio.to_thread(sender.send, notification)
+    assert not slow.value.answered
+    receiver.answering.set()
+    receiver.status = 302
+    with pytest.raises(webhook.WebhookFailed) as refused:
+        await asyncio.to_thread(sender.send, notification)
+    assert refused.value.answered
+    sender.close()
+
+
+def test_a_wrong_webhook_is_told_without_its_secrets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for url in ("hooks.example/s3cret", "https://user:s3cret@hooks.example/"):
+        monkeypatch.setenv("LINGQU_ALERTS_WEBHOOK", url)
+        with pytest.raises(SystemExit):
+            load(MetricsSettings)
+        said = capsys.readouterr().err
+        assert "LINGQU_ALERTS_WEBHOOK" in said
+        assert "s3cret" not in said
+    assert "s3cret" not in repr(webhook.Target("https://x/s3cret", "s3cret", "s3cret"))
