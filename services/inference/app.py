@@ -21,7 +21,7 @@ from services.core.telemetry import metering, tracing
 from services.inference.admission import Admission
 from services.inference.agent import Agent, Limits
 from services.inference.answers import Answers
-from services.inference.figures import Figures
+from services.inference.figures import UP, Figures
 from services.inference.generation import Generation
 from services.inference.placement import desired
 from services.inference.quarantine import Quarantine
@@ -89,6 +89,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         usage = UsageReports(lambda: addresses(limiters.items.values()), cfg.identity)
         meter = stack.enter_context(metering("lingqu-inference", cfg.otlp_endpoint or cfg.metrics, address))
         figures = Figures(meter, usage.charge)
+        figures.gauge(UP, lambda: [({}, 1.0)])
         admission = Admission(min(cfg.slots, cfg.max_sequences), cfg.queue, figures)
         stack.push_async_callback(triton.close)
 

@@ -32,6 +32,7 @@ CACHE_HITS = "lingqu.inference.cache.hits"
 CACHE_MISSES = "lingqu.inference.cache.misses"
 CACHE_JOINED = "lingqu.inference.cache.joined"
 CACHE_BYTES = "lingqu.inference.cache.bytes"
+UP = "lingqu.inference.up"
 
 COUNTERS = {
     REQUESTS: ("{request}", "Requests, by how they ended"),
@@ -48,6 +49,7 @@ GAUGES = {
     QUEUE_LENGTH: ("{request}", "Runs that wait for slots"),
     RUNNING: ("{slot}", "Slots that are taken"),
     CACHE_BYTES: ("By", "Memory of the answers that are kept"),
+    UP: ("1", "1 while the process lives, whatever it serves"),
 }
 QUEUE_TIME_BOUNDS = (0.001, 0.005, 0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 MAX_VERSIONS = 128

@@ -378,11 +378,16 @@ async def test_of_an_explosion_of_series_so_many_are_followed_and_it_is_said(tmp
         store.hot(*(f"r{number:04}" for number in range(3_000)))
         await made.create()
         await until(lambda: made.alerts(FIRING), "they fire")
+        await made.evaluated()
         assert len(await made.alerts()) == 100
         status = (await made.rule()).status
         assert status.overflowed == 2_900
         assert len(status.overflowed_series) == 10
         assert status.overflowed_series[0].startswith("room=r")
+        written = (tmp_path / "alerts" / "state.json").stat().st_mtime_ns
+        await made.evaluated()
+        await made.evaluated()
+        assert (tmp_path / "alerts" / "state.json").stat().st_mtime_ns == written, "nothing new, and written"
 
 
 async def test_only_admins_write_where_callers_are_known(tmp_path: Path, receiver: Receiver) -> None:

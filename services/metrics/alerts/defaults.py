@@ -49,7 +49,7 @@ DEFAULTS = (
     ),
     Rule(
         "replica-down",
-        Absence(Selection("lingqu.inference.running", group_by=("service", "instance")), 30.0, 30 * _M),
+        Absence(Selection("lingqu.inference.up", group_by=("service", "instance")), 30.0, 30 * _M),
         Severity.CRITICAL,
         summary="{instance} of {service} has told nothing for {value} s or longer",
     ),

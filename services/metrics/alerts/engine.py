@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 MAX_PAUSE_S = 60.0
+SAVE_S = 60.0  # values and times of evaluation, which change all the time
 MAX_GROUPS = 1000  # rules that were deleted and could not be told to be resolved yet are among them
 NOTHING: Mapping[Labels, Alert] = MappingProxyType({})
 
@@ -77,7 +78,7 @@ class Engine:
         self._asking = ThreadPoolExecutor(1, "alerts")
         self._telling = ThreadPoolExecutor(1, "alerts-webhook")
         self._saving = asyncio.Lock()
-        self._changed = False
+        self._changed, self._unwritten = False, False
         self._pause, self._paused_until = Backoff(1.0, MAX_PAUSE_S), 0.0
         self._pauses: dict[str, tuple[Backoff, float]] = {}
 
@@ -87,7 +88,10 @@ class Engine:
                 group.create_task(self._evaluating())
                 group.create_task(self._notifying())
         finally:
-            self._archive.keep_known(self._snapshot())
+            try:
+                self._archive.keep_known(self._snapshot())
+            except LingquError as err:
+                log.error("%s: alerts begin anew at the next start", err)  # noqa: TRY400
 
     def close(self) -> None:
         for threads in (self._asking, self._telling):
@@ -126,7 +130,7 @@ class Engine:
 
     async def _evaluating(self) -> None:
         loop = asyncio.get_running_loop()
-        begun = loop.time()
+        begun = saved = loop.time()
         while True:
             rules = {name: rule for name, rule in self.book.rules().items() if not rule.disabled}
             self._forget(rules)
@@ -136,6 +140,8 @@ class Engine:
                 if self._due[name] <= loop.time() and self.book.rules().get(name) is rule:
                     self._due[name] = loop.time() + self.every_s(rule)
                     await self.evaluate(rule)
+            if self._known.alerts and loop.time() >= saved + SAVE_S:
+                self._changed, saved = True, loop.time()
             await self._save()
             await asyncio.sleep(TICK_S)
 
@@ -172,7 +178,7 @@ class Engine:
         overflowed = result.overflowed if found is not None else last.overflowed
         self._status[rule.name] = Status(health, error, now, took_s, overflowed)
         self._told_to_log(rule, before, result.alerts)
-        if {**before} != {**result.alerts}:
+        if _lasting(before) != _lasting(result.alerts):
             self._changed = True
         if result.alerts:
             self._known.alerts[rule.name] = result.alerts
@@ -200,10 +206,15 @@ class Engine:
             self._status.pop(name, None)
 
     async def _notifying(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             if self._webhook is not None:
                 for name in sorted({*self._known.alerts, *self._known.groups}):
-                    await self._notify(name)
+                    try:
+                        await self._notify(name)
+                    except Exception:
+                        log.exception("%s cannot be told", name)
+                        self._pauses[name] = Backoff(MAX_PAUSE_S, MAX_PAUSE_S), loop.time() + MAX_PAUSE_S
             await asyncio.sleep(TICK_S)
 
     async def _notify(self, name: str) -> None:
@@ -275,10 +286,19 @@ class Engine:
                 await asyncio.to_thread(self._archive.keep_known, self._snapshot())
             except LingquError as err:
                 self._changed = True
-                log.warning("%s; trying again", err)
+                if not self._unwritten:
+                    log.warning("%s; trying again", err)
+                self._unwritten = True
+            else:
+                self._unwritten = False
 
     def _snapshot(self) -> Known:
         return replace(self._known, alerts=dict(self._known.alerts), groups=dict(self._known.groups))
+
+
+def _lasting(alerts: Mapping[Labels, Alert]) -> dict[Labels, Alert]:
+    """Without what changes with each evaluation."""
+    return {known: replace(alert, value=0.0, seen_ns=0) for known, alert in alerts.items()}
 
 
 def _watched_s(rule: Rule) -> float:
