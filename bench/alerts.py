@@ -6,6 +6,7 @@ python -m bench.alerts
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import tempfile
 import time
@@ -69,6 +70,7 @@ def rules() -> list[Rule]:
 
 
 async def main() -> None:
+    logging.getLogger("services").setLevel(logging.ERROR)  # what fires is not the question
     with tempfile.TemporaryDirectory() as folder:
         store = DuckStore(Path(folder) / "metrics.duckdb")
         fill(store)
