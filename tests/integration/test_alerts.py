@@ -417,7 +417,10 @@ async def test_only_admins_write_where_callers_are_known(tmp_path: Path, receive
         assert "LINGQU_ALERTS_WEBHOOK" in said
 
 
-async def test_a_receiver_that_drips_or_refuses_is_given_up(receiver: Receiver) -> None:
+async def test_a_receiver_that_drips_or_refuses_is_given_up(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
     notification = Notification("test", (Notice((("alertname", "test"),), "", 0.0, 1),), ())
     receiver.answering.clear()
     sender = webhook.Webhook(webhook.Target(receiver.url), read_s=0.1)
@@ -430,6 +433,7 @@ async def test_a_receiver_that_drips_or_refuses_is_given_up(receiver: Receiver) 
         await asyncio.to_thread(sender.send, notification)
     assert refused.value.answered
     sender.close()
+    assert "/hook" not in caplog.text
 
 
 def test_a_wrong_webhook_is_told_without_its_secrets(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ class Webhook:
 
     def __init__(self, target: Target, read_s: float = READ_S, now: Callable[[], float] = time.time) -> None:
         self._target, self._now = target, now
+        # It would write paths to the log at DEBUG, and a webhook's path is often its secret.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
         self._pool = urllib3.PoolManager(
             num_pools=1,
             maxsize=1,
