@@ -9,7 +9,15 @@ from typing import Any
 
 import grpc
 
-from lingqu.registry.v1 import access_pb2, access_pb2_grpc, instances_pb2, instances_pb2_grpc, models_pb2
+from lingqu.registry.v1 import (
+    access_pb2,
+    access_pb2_grpc,
+    instances_pb2,
+    instances_pb2_grpc,
+    ledger_pb2,
+    ledger_pb2_grpc,
+    models_pb2,
+)
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceServicer, add_ModelServiceServicer_to_server
 
 STORE_ID = "fake-store-1"
@@ -17,7 +25,10 @@ READY = instances_pb2.HOSTED_STATE_READY
 
 
 class FakeRegistry(
-    instances_pb2_grpc.RegistryServiceServicer, ModelServiceServicer, access_pb2_grpc.AccessServiceServicer
+    instances_pb2_grpc.RegistryServiceServicer,
+    ModelServiceServicer,
+    access_pb2_grpc.AccessServiceServicer,
+    ledger_pb2_grpc.LedgerServiceServicer,
 ):
     """Between `hold` and `let_go` it tells nothing new, as a registry that lags. `knows` False: it has not
     reached etcd yet."""
@@ -37,6 +48,7 @@ class FakeRegistry(
         instances_pb2_grpc.add_RegistryServiceServicer_to_server(self, self._server)
         add_ModelServiceServicer_to_server(self, self._server)
         access_pb2_grpc.add_AccessServiceServicer_to_server(self, self._server)
+        ledger_pb2_grpc.add_LedgerServiceServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port(address)}"
         await self._server.start()
 
@@ -102,6 +114,10 @@ class FakeRegistry(
 
     async def WatchAccess(self, request: Any, context: Any) -> AsyncIterator[Any]:
         async for told in self._watch(context, access_pb2.WatchAccessResponse):
+            yield told
+
+    async def WatchShards(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for told in self._watch(context, ledger_pb2.WatchShardsResponse):
             yield told
 
     async def ListInstances(self, request: Any, context: Any) -> Any:

@@ -29,11 +29,19 @@ class Owner:
     session: Session
 
 
-Record: TypeAlias = Session | Owner
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A session that is about to end: its control plane hands over what it owns."""
+
+    session: int
+
+
+Record: TypeAlias = Session | Owner | Leaving
 
 
 def watched_owners(registry: Registry, changed: asyncio.Event) -> Watched[Record]:
-    """Sessions as "session ID" and owners as "shard NUMBER", kept current."""
+    """Sessions as "session ID", those that leave as "leaving ID" too, and owners as "shard NUMBER", kept
+    current."""
 
     async def watch(revision: int, store_id: str) -> Any:
         request = pb.WatchShardsRequest(resume_revision=revision, store_id=store_id)
@@ -43,9 +51,16 @@ def watched_owners(registry: Registry, changed: asyncio.Event) -> Watched[Record
     return Watched(registry, watch, lambda record: record, changed)
 
 
+def staying(records: Iterable[Record]) -> list[Session]:
+    """The sessions that do not leave."""
+    found = list(records)
+    gone = {record.session for record in found if isinstance(record, Leaving)}
+    return [record for record in found if isinstance(record, Session) and record.id not in gone]
+
+
 def addresses(records: Iterable[Record]) -> tuple[str, ...]:
     """Of all control planes that can be asked, in order."""
-    return tuple(sorted({record.address for record in records if isinstance(record, Session)}))
+    return tuple(sorted({session.address for session in staying(records)}))
 
 
 class _Update:
@@ -57,6 +72,7 @@ class _Update:
         self.snapshot = update.snapshot
         self.stale = update.stale
         self.removed = [f"session {session_id}" for session_id in update.ended_sessions]
+        self.removed += [f"leaving {session_id}" for session_id in update.ended_sessions]
         self.removed += [f"shard {shard}" for shard in update.freed_shards]
         self._update = update
 
@@ -64,6 +80,8 @@ class _Update:
     def upserted(self) -> Iterator[tuple[str, Record]]:
         for session in self._update.sessions:
             yield f"session {session.session_id}", Session(session.session_id, session.address)
+        for session_id in self._update.leaving_sessions:
+            yield f"leaving {session_id}", Leaving(session_id)
         for owner in self._update.owners:
             holder = Session(owner.session_id, owner.address)
             yield f"shard {owner.shard}", Owner(owner.shard, holder)

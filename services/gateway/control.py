@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import time
@@ -36,6 +37,8 @@ SERVICE = "gateway"
 REST_S = (0.005, 0.1)
 # Models and replicas come by different watches: where one says that nobody can answer, the other may be late.
 DARK_S = 0.05
+# How long the first snapshot waits for who keeps global limits.
+LIMITERS_S = 1.0
 # Watches are told what a list shows, though a moment later.
 SETTLED_S = 0.1
 
@@ -51,6 +54,9 @@ class Limits(Follower, Protocol):
 
     @property
     def addresses(self) -> tuple[str, ...]: ...
+
+    @property
+    def synced(self) -> asyncio.Event: ...
 
 
 class ControlPlane:
@@ -144,6 +150,10 @@ class ControlPlane:
     async def _follow(self) -> None:
         # Until the registry has told all, Envoy keeps what it has: an unknown suite is not an empty one.
         await asyncio.gather(*(watched.synced.wait() for watched in self._watches))
+        # Nor does nobody keep the limits because we have not heard who does.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LIMITERS_S):
+                await self._limits.synced.wait()
         settled = False
         while True:
             self.changed.clear()

@@ -45,3 +45,19 @@ def circuit_breakers(max_requests: int = 0) -> dict[str, Any]:
             }
         ]
     }
+
+
+# A request that is tried again goes elsewhere. Slow start chooses by turns that are due; those of busy
+# replicas may be far ahead.
+ELSEWHERE: dict[str, Any] = {
+    "retry_host_predicate": [
+        {
+            "name": "envoy.retry_host_predicates.previous_hosts",
+            "typed_config": {
+                "@type": "type.googleapis.com/"
+                "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
+            },
+        }
+    ],
+    "host_selection_retry_max_attempts": 50,
+}

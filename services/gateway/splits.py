@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from services.core.discovery import Model
-from services.gateway import breakers
+from services.gateway import breakers, protection
 from services.gateway.clusters import SHADOW
 from services.gateway.descriptors import TENSOR_SERVICE, TEXT_SERVICE
 from services.gateway.filters import model, versions
@@ -202,17 +202,7 @@ RETRIES = {
     "retry_on": "connect-failure,refused-stream,reset,unavailable,cancelled",
     "num_retries": 4,
     "retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"},
-    "retry_host_predicate": [
-        {
-            "name": "envoy.retry_host_predicates.previous_hosts",
-            "typed_config": {
-                "@type": "type.googleapis.com/"
-                "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
-            },
-        }
-    ],
-    # Slow start chooses by turns that are due; those of busy replicas may be far ahead.
-    "host_selection_retry_max_attempts": 50,
+    **protection.ELSEWHERE,
 }
 REST_RETRIES = {
     **RETRIES,

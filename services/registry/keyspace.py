@@ -22,6 +22,7 @@ ACCESS = f"{PREFIX}access/"
 KEYS = f"{PREFIX}keys/"
 LIMITERS = f"{PREFIX}limiters/"
 SESSIONS = f"{LIMITERS}sessions/"
+LEAVING = f"{LIMITERS}leaving/"
 SHARDS = f"{LIMITERS}shards/"
 # Not under PREFIX: nobody needs a copy of it.
 LEDGER = "/lingqu-ledger/"

@@ -18,7 +18,7 @@ from services.core.errors import AlreadyExists, Conflict, InvalidInput, LeaseExp
 from services.core.interceptors import Context
 from services.registry import validation
 from services.registry.etcd import Etcd, Put, Unchanged
-from services.registry.keyspace import FENCES, LEDGER, LIMITERS, SESSIONS, SHARDS
+from services.registry.keyspace import FENCES, LEAVING, LEDGER, LIMITERS, SESSIONS, SHARDS
 from services.registry.mirror import Mirror, Update
 from services.registry.watching import Feed
 
@@ -28,10 +28,11 @@ SHARED = 0.1
 
 
 class Ledger(LedgerServiceServicer):
-    """Records: SESSIONS + id, the address, by the session's lease; SHARDS + number, the owner's address, by
-    the lease of its session; LEDGER + number + "/" + name, an entry, by a lease that nobody renews. FENCES +
-    number changes with every taking and every write, each of which is conditional on the one before: a write
-    that is late, of an owner that was or of this one, changes nothing."""
+    """Records: SESSIONS + id, the address, by the session's lease; LEAVING + id, empty, by the same; SHARDS +
+    number, the owner's address, by the lease of its session; LEDGER + number + "/" + name, an entry, by a
+    lease that nobody renews. FENCES + number changes with every taking and every write, each of which is
+    conditional on the one before: a write that is late, of an owner that was or of this one, changes nothing.
+    """
 
     def __init__(self, etcd: Etcd, mirror: Mirror) -> None:
         self._etcd = etcd
@@ -58,6 +59,13 @@ class Ledger(LedgerServiceServicer):
         if not left_s:
             raise LeaseExpired(f"session {request.session_id} has ended; open another")
         return pb.RenewSessionResponse(ttl=Duration(seconds=left_s))
+
+    async def LeaveSession(
+        self, request: pb.LeaveSessionRequest, context: Context
+    ) -> pb.LeaveSessionResponse:
+        lease = _session(request.session_id)
+        await self._etcd.commit([Put(f"{LEAVING}{lease}", b"", lease)])
+        return pb.LeaveSessionResponse()
 
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
@@ -143,6 +151,9 @@ def _respond(update: Update, view: str) -> pb.WatchShardsResponse:
                 response.ended_sessions.append(session_id)
             else:
                 response.sessions.add(session_id=session_id, address=record.value.decode())
+        elif change.key.startswith(LEAVING):
+            if record is not None:  # its end is that of the session
+                response.leaving_sessions.append(int(change.key.removeprefix(LEAVING)))
         elif change.key.startswith(SHARDS):
             shard = int(change.key.removeprefix(SHARDS))
             if record is None:

@@ -117,6 +117,25 @@ async def test_a_session_that_is_not_renewed_frees_its_shards_and_watchers_see_i
     assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "LEASE_EXPIRED")
 
 
+async def test_who_leaves_is_told_to_all_and_keeps_its_shards_until_it_releases_them(ledger: Any) -> None:
+    session = await opened(ledger)
+    fence, _ = await taken(ledger, session, 5)
+    watch = ledger.WatchShards(pb.WatchShardsRequest(), timeout=30)
+    assert list((await watch.read()).leaving_sessions) == []
+    await ledger.LeaveSession(pb.LeaveSessionRequest(session_id=session), timeout=5)
+    assert list((await watch.read()).leaving_sessions) == [session]
+    late = ledger.WatchShards(pb.WatchShardsRequest(), timeout=30)
+    assert list((await late.read()).leaving_sessions) == [session]
+    assert await written(ledger, write(fence, 5, a=b"1")) > fence
+    await ledger.CloseSession(pb.CloseSessionRequest(session_id=session), timeout=5)
+    while not (update := await watch.read()).ended_sessions:
+        pass
+    assert list(update.ended_sessions) == [session]
+    assert list(update.leaving_sessions) == []
+    error = await refused(ledger.LeaveSession(pb.LeaveSessionRequest(session_id=session), timeout=5))
+    assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "LEASE_EXPIRED")
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [

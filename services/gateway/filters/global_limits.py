@@ -12,6 +12,7 @@ from services.gateway.filters.chain import ACTION, COMPOSITE, choice, typed
 from services.gateway.filters.model import MODEL, state
 from services.gateway.headers import CLIENT_HEADER
 from services.gateway.limits.rules import limited
+from services.gateway.protection import ELSEWHERE
 from services.gateway.view import View
 
 if TYPE_CHECKING:
@@ -64,7 +65,11 @@ def _rate_limit(entry: Entry) -> dict[str, Any]:
     ]
     # Another control plane can say as well. One that was asked and died may have counted: then too little is
     # used.
-    retries = {"retry_on": "connect-failure,refused-stream,reset,unavailable", "num_retries": 2}
+    retries = {
+        "retry_on": "connect-failure,refused-stream,reset,unavailable,cancelled",
+        "num_retries": 2,
+        **ELSEWHERE,
+    }
     config = {
         "domain": "lingqu",
         "timeout": f"{entry.limits.timeout_s:g}s",

@@ -13,7 +13,7 @@ from lingqu.gateway.v1.limiter_pb2_grpc import add_LimiterServiceServicer_to_ser
 from services.core.access import Access
 from services.core.discovery import Registry, Watched
 from services.core.errors import BackendUnavailable
-from services.core.limiters import Record, addresses, watched_owners
+from services.core.limiters import Record, Session, addresses, watched_owners
 from services.core.tasks import background
 from services.core.tls import Identity
 from services.gateway.limits.clock import clock
@@ -24,8 +24,9 @@ from services.gateway.limits.rules import Rules
 from services.gateway.limits.service import Limits, RateLimits
 from services.gateway.limits.shards import Shards
 
-# How often connections to control planes that are gone are closed.
-FORGET_S = 5.0
+# How often connections to control planes that are gone are closed: before another one is at the same address,
+# since a connection that was refused waits for up to a second before it tries again.
+FORGET_S = 0.5
 
 
 class GlobalLimits:
@@ -43,6 +44,7 @@ class GlobalLimits:
         moved = _Both(changed)
         self._owners: Watched[Record] = watched_owners(registry, moved)
         self._access: Access | None = None
+        self._followed = asyncio.Event()
         self._rules: Rules | None = None
         self._peers = Peers(identity)
         ledger, known = RegistryLedger(registry), lambda: self._owners.items.values()
@@ -53,11 +55,17 @@ class GlobalLimits:
         """Limits are those of `access` from now on."""
         if access != self._access:
             self._access, self._rules = access, Rules(access)
+            self._followed.set()
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Of all control planes that can be asked."""
         return addresses(self._owners.items.values())
+
+    @property
+    def synced(self) -> asyncio.Event:
+        """Set when `addresses` are known."""
+        return self._owners.synced
 
     def add_to(self, server: grpc.aio.Server, *, tells: bool) -> None:
         """`tells`: see RateLimits."""
@@ -68,9 +76,15 @@ class GlobalLimits:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Owns shards while the server answers, and hands them over before it stops."""
-        async with background(self._owners.run(), self._shards.run(), self._keep_peers()):
+        async with background(self._owners.run(), self._keep_peers()), background(self._own()):
             yield
+            await self._shards.leave()
         await self._peers.keep(())
+
+    async def _own(self) -> None:
+        """Envoys ask us from the first session on: not before we can answer."""
+        await asyncio.gather(self._followed.wait(), self._owners.synced.wait())
+        await self._shards.run()
 
     def _known_rules(self) -> Rules:
         if self._rules is None:
@@ -80,7 +94,8 @@ class GlobalLimits:
     async def _keep_peers(self) -> None:
         while True:
             await asyncio.sleep(FORGET_S)
-            await self._peers.keep(self.addresses)
+            # Those that leave own something until they have left.
+            await self._peers.keep(r.address for r in self._owners.items.values() if isinstance(r, Session))
 
 
 class _Both(asyncio.Event):

@@ -39,6 +39,10 @@ class RegistryLedger:
         request = pb.RenewSessionRequest(session_id=session)
         await self._call(lambda stub, t: stub.RenewSession(request, timeout=t))
 
+    async def leave(self, session: int) -> None:
+        request = pb.LeaveSessionRequest(session_id=session)
+        await self._call(lambda stub, t: stub.LeaveSession(request, timeout=t))
+
     async def close(self, session: int) -> None:
         request = pb.CloseSessionRequest(session_id=session)
         await self._call(lambda stub, t: stub.CloseSession(request, timeout=t))

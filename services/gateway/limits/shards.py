@@ -17,7 +17,7 @@ from hashlib import blake2b
 from typing import Protocol
 
 from services.core.errors import Conflict, LeaseExpired, LingquError
-from services.core.limiters import Owner, Record, Session
+from services.core.limiters import Owner, Record, Session, staying
 from services.gateway.limits.cells import HANDOVER, Writes
 from services.gateway.limits.clock import Clock, Moment
 from services.gateway.limits.rules import SHARDS
@@ -31,6 +31,11 @@ RENEW_S = 0.5
 TURN_S = 0.25
 # Between two tries to write when nobody could be reached.
 PAUSE_S = 0.1
+# Shards that are given back at once: the others are decided here meanwhile.
+GIVEN_AT_ONCE = 4
+# At a stop: how long others may take to take over, and how long those that have not heard of it may still ask
+# here. Envoys are told in a tenth of that.
+LEAVE_S, LINGER_S = 2.0, 0.5
 # A turn is full with so much, and whatever the last shard adds: etcd takes 128 operations and 1.5 MB at once.
 MOST_AT_ONCE = 60
 MOST_BYTES = 500_000
@@ -39,6 +44,7 @@ MOST_BYTES = 500_000
 class Ledger(Protocol):
     async def open(self, address: str, ttl_s: int) -> int: ...
     async def renew(self, session: int) -> None: ...
+    async def leave(self, session: int) -> None: ...
     async def close(self, session: int) -> None: ...
     async def take(self, session: int, address: str, shard: int) -> tuple[int, Mapping[str, bytes]]: ...
     async def write(self, writes: Mapping[int, tuple[int, Writes]]) -> int: ...
@@ -68,6 +74,9 @@ class Shards:
         self._held: dict[int, Shard] = {}
         self._fences: dict[int, int] = {}  # absent: to be taken again before anything is written
         self._owners: dict[int, Session] = {}
+        self._released: set[int] = set()  # and the record says so not yet
+        self._leaving = False
+        self._giving = 0
         self._needed = asyncio.Event()
         self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -90,7 +99,7 @@ class Shards:
         await asyncio.shield(self._turn)
 
     async def run(self) -> None:
-        """For ever. At the end all shards are handed over."""
+        """For ever. At the end all shards are handed over, and for LINGER_S it is known who has them now."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._keep_session())
@@ -98,6 +107,23 @@ class Shards:
                 group.create_task(self._write())
         finally:
             await asyncio.shield(self._hand_over())
+
+    async def leave(self) -> None:
+        """Hand over shard by shard to those that stay, and decide the rest meanwhile; `run` has to run still.
+        Returns when none is left, or nobody is there to take them."""
+        others = any(session.id != self._session for session in staying(self._known()))
+        if not self._session or not others:
+            return
+        try:
+            await self._ledger.leave(self._session)
+        except LingquError as err:
+            log.warning("the limits are handed over all at once: %s", err)
+            return
+        self._leaving = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                while self._held or self._giving:
+                    await asyncio.shield(self._turn)
 
     async def _keep_session(self) -> None:
         while True:
@@ -123,24 +149,36 @@ class Shards:
     async def _keep_part(self) -> None:
         """Take and give back, whenever sessions or owners change."""
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TURN_S):
-                    await self._changed.wait()
-            self._changed.clear()
-            records = list(self._known())
-            self._owners = {r.shard: r.session for r in records if isinstance(r, Owner)}
-            self._tell()
-            sessions = [r for r in records if isinstance(r, Session)]
-            if not any(s.id == self._session for s in sessions):
+            sessions = await self._look()
+            if not self._leaving and not any(s.id == self._session for s in sessions):
                 continue
-            part = {n for n in range(SHARDS) if _wanted(n, sessions).id == self._session}
+            part = {n for n in range(SHARDS) if sessions and _wanted(n, sessions).id == self._session}
             free = [n for n in part if n not in self._held and n not in self._owners]
             # Ours by the record and not by memory: an answer was lost.
-            free += [n for n, s in self._owners.items() if s.id == self._session and n not in self._held]
+            free += [n for n in self._recorded() if n not in self._held and n not in self._released]
             given = [n for n in self._held if n not in part]
+            if len(given) > GIVEN_AT_ONCE:
+                self._changed.set()
+                given = given[:GIVEN_AT_ONCE]
             await asyncio.gather(*(self._take(n) for n in free), *(self._give(n) for n in given))
             if free or given:
                 self._tell()
+
+    async def _look(self) -> list[Session]:
+        """The sessions, when something has changed, or after TURN_S."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TURN_S):
+                await self._changed.wait()
+        self._changed.clear()
+        records = list(self._known())
+        self._owners = {r.shard: r.session for r in records if isinstance(r, Owner)}
+        self._released.intersection_update(self._recorded())
+        self._tell()
+        return staying(records)
+
+    def _recorded(self) -> list[int]:
+        """What is ours by the record."""
+        return [number for number, session in self._owners.items() if session.id == self._session]
 
     async def _take(self, number: int) -> None:
         session = self._session
@@ -160,10 +198,14 @@ class Shards:
         """Give back a shard with all that is known of it. If that is not answered, it is taken again."""
         shard, fence = self._held.pop(number), self._fences.pop(number, 0)
         if fence:
+            self._giving += 1
             try:
                 await self._ledger.release(number, fence, shard.farewell(self._clock()))
+                self._released.add(number)
             except LingquError as err:
                 log.warning("shard %d could not be handed over: %s", number, err)
+            finally:
+                self._giving -= 1
 
     async def _write(self) -> None:
         """One write at a time for all shards: what is asked for meanwhile goes with the next."""
@@ -228,10 +270,16 @@ class Shards:
 
     async def _hand_over(self) -> None:
         await asyncio.gather(*(self._give(number) for number in list(self._held)))
-        session, self._session, self._sure_until = self._session, 0, 0
-        if session:
+        # From here on we own nothing: to be sure means to pass on what is asked, not to decide.
+        end = self._clock().steady + int(LINGER_S * 1000)
+        self._sure_until = max(self._sure_until, end)
+        if self._session:
             with contextlib.suppress(LingquError):
-                await self._ledger.close(session)
+                await self._ledger.close(self._session)
+        others = any(session.id != self._session for session in staying(self._known()))
+        while others and self._clock().steady < end:
+            await self._look()
+        self._session = self._sure_until = 0
 
 
 def _wanted(shard: int, sessions: list[Session]) -> Session:
