@@ -114,8 +114,11 @@ def _fallback(service: str, targets: Sequence[Target], spare: Sequence[Target]) 
     best = max(able, key=lambda target: target.percent)
     route = _route(service, best, [])
     told = {VERSION_HEADER: str(best.version), MODEL_HEADER: targets[0].model, FALLBACK_HEADER: best.model}
+    checked, named = versions.elsewhere(best.model)
     return {
         **route,
+        "typed_per_filter_config": {**route.get("typed_per_filter_config", {}), **checked},
+        "metadata": {"filter_metadata": {**route["metadata"]["filter_metadata"], **named}},
         "request_headers_to_add": added(told),
         "response_headers_to_add": added({FALLBACK_HEADER: best.model}),
     }

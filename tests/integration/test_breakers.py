@@ -7,11 +7,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import httpx2 as httpx
 import pytest
 
+from services.core.access import Access, Client
 from services.core.discovery import Protection, VersionKey
 from services.gateway import breakers
 from services.gateway.breakers import Phase
@@ -191,3 +193,32 @@ async def test_another_model_answers_when_all_else_is_open(
         assert (await caller.ask("m")).code is grpc.StatusCode.INTERNAL
         await gate.show([], models)
         assert (await caller.ask("m")).details["ErrorInfo"].reason == "BACKEND_UNAVAILABLE"
+
+
+async def test_nobody_reaches_by_fallback_what_it_may_not_call(gate: Plane, backends: list[Backend]) -> None:
+    spare = hosting("s", backends[1].address, VersionKey("spare", 1))
+    models = [model("m", 100, protection=Protection(fallback="spare")), model("spare", 100)]
+
+    async def answers(*clients: Client) -> dict[str, str]:
+        """By who asks: who answered, or why nobody did."""
+        await gate.show([spare], models, Access(clients))
+        callers = {name: await gate.caller(name) for name in ("all", "one", "stranger")}
+        for name, patterns in (("key for one", ("m",)), ("key for both", ("m", "s*e"))):
+            callers[name] = Caller(gate.entry.listen, gate.keys.mint("all", models=patterns).key)
+            gate.stack.push_async_callback(callers[name].channel.close)
+        found = {}
+        for name, caller in callers.items():
+            answer = await caller.ask("m")
+            found[name] = answer.headers["x-lingqu-fallback"] if answer.ok else answer.code.name
+            if not answer.ok:
+                assert answer.details["ErrorInfo"].reason == "BACKEND_UNAVAILABLE"
+                assert answer.details["RetryInfo"].retry_delay.seconds == 1
+        return found
+
+    everything, one = Client("all", ("*",)), Client("one", ("m",))
+    allowed = dict.fromkeys(("all", "stranger", "key for both"), "spare")
+    found = await answers(everything, one)
+    assert found == {**allowed, "one": "UNAVAILABLE", "key for one": "UNAVAILABLE"}
+    assert backends[1].asked == 3
+    found = await answers(everything, replace(one, models=("m", "sp*")))
+    assert found == {**allowed, "one": "spare", "key for one": "UNAVAILABLE"}

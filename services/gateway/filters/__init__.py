@@ -60,11 +60,14 @@ def _health() -> dict[str, Any]:
 
 def extensions(view: View, entry: Entry) -> list[dict[str, Any]]:
     """The configurations that may change while the listener stays."""
+    fallbacks = {model.protection.fallback for model in view.models} - {""}
     made = {
         authentication.NAME: authentication.authentication(
             entry.jwks, entry.issuers, by_certificate=bool(entry.secrets.clients)
         ),
-        access.NAME: access.allowed(view.access, known_only=entry.known_clients_only),
+        access.NAME: access.allowed(
+            view.access, tuple(sorted(fallbacks)), known_only=entry.known_clients_only
+        ),
     }
     found = [{"name": name, "typed_config": config} for name, config in made.items()]
     return [*found, *local_limits.local_limits(view), global_limits.global_limits(view, entry)]

@@ -13,6 +13,7 @@ from typing import Any
 
 from services.core.access import Access, Client
 from services.core.errors import (
+    BackendUnavailable,
     ClientDisabled,
     KeyRevoked,
     LingquError,
@@ -21,35 +22,38 @@ from services.core.errors import (
     UnknownClient,
 )
 from services.core.identity import CLIENT_NAME
+from services.core.patterns import matches
 from services.gateway.descriptors import OPEN_PREFIXES
 from services.gateway.filters import model
 from services.gateway.filters.chain import typed, when_present
-from services.gateway.headers import CLIENT_HEADER, KEY_HEADER, KEY_MODELS_HEADER
+from services.gateway.headers import CLIENT_HEADER, FALLBACK_HEADER, KEY_HEADER, KEY_MODELS_HEADER
 
 NAME = "access"
 TYPE = "rbac.v3.RBAC"
 
 _REVOKED, _DISABLED, _NOBODY = "key-revoked", "client-disabled", "no-client"
-_MODEL, _UNKNOWN = "model-not-allowed", "unknown-client"
+_MODEL, _UNKNOWN, _FALLBACK = "model-not-allowed", "unknown-client", "fallback-not-allowed"
 # By a part of Envoy's response code details, which name the policy that refused.
 DENIALS: dict[str, LingquError] = {
     f"[{_REVOKED}]": KeyRevoked("the key was revoked"),
     f"[{_NOBODY}]": Unauthenticated("the key names no client that could be one: 1 to 64 of A-Za-z0-9._@-"),
     f"[{_DISABLED}]": ClientDisabled("the client of this key is disabled"),
     f"[{_MODEL}]": ModelNotAllowed("this client may not call this model; `lingqu clients show` tells which"),
+    f"[{_FALLBACK}]": BackendUnavailable("no replica can answer at the moment; try again"),
     f"[{_UNKNOWN}]": UnknownClient("this suite serves only clients that it has a record of; this is none"),
 }
 # What key_models.lua refuses; it says 403 and nothing else.
 OTHER_DENIAL = ModelNotAllowed("this key is for other models only")
 
 
-def allowed(access: Access, *, known_only: bool = False) -> dict[str, Any]:
-    """The configuration of `rbac`. `known_only`: a client without a record may call nothing."""
+def allowed(access: Access, fallbacks: tuple[str, ...] = (), *, known_only: bool = False) -> dict[str, Any]:
+    """The configuration of `rbac`. `fallbacks` are the models that may answer in place of others.
+    `known_only`: a client without a record may call nothing."""
     # A token of another issuer may name no client, or one that nobody could keep a record of.
     nobody = _tree(_header(":path"), dict.fromkeys(OPEN_PREFIXES, _ALLOW), _deny(_NOBODY), "prefix_match_map")
     unknown = _deny(_UNKNOWN) if known_only else _ALLOW
     others = _if(_header(CLIENT_HEADER), CLIENT_NAME, unknown, nobody)
-    clients = {client.name: _models(client) for client in access.clients}
+    clients = {client.name: _models(client, fallbacks) for client in access.clients}
     revoked = dict.fromkeys((key.key_id for key in access.revoked), _deny(_REVOKED))
     keys = _tree(_header(KEY_HEADER), revoked, _tree(_header(CLIENT_HEADER), clients, others))
     return typed(TYPE, {"matcher": keys["matcher"]})
@@ -69,14 +73,16 @@ def covering(patterns: tuple[str, ...]) -> str:
 
 
 @lru_cache(8192)
-def _models(client: Client) -> dict[str, Any]:
+def _models(client: Client, fallbacks: tuple[str, ...]) -> dict[str, Any]:
     """What names no model passes: it reaches none. Not to be changed."""
     if client.disabled:
         return _deny(_DISABLED)
     if "*" in client.models:
         return _ALLOW
     named = _if(_MODEL_NAME, ".+", _deny(_MODEL), _ALLOW)
-    return _if(_MODEL_NAME, covering((model.NO_MODEL, *client.models)), _ALLOW, named)
+    own = _if(_MODEL_NAME, covering((model.NO_MODEL, *client.models)), _ALLOW, named)
+    refused = [name for name in fallbacks if not any(matches(pattern, name) for pattern in client.models)]
+    return _tree(_header(FALLBACK_HEADER), dict.fromkeys(refused, _deny(_FALLBACK)), own)
 
 
 def _header(name: str) -> dict[str, Any]:

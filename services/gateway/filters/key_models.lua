@@ -31,6 +31,10 @@ function envoy_on_request(h)
   if type(name) == "table" then name = #name == 1 and name[1] or nil end
   if type(name) ~= "string" or name == "" or name == "<none>" then return end
   name = name:match("^[^@]*")
-  if covered(h:headers():get("x-lingqu-key-models"), name) then return end
-  h:respond({[":status"] = "403"}, "") -- access.py has the words
+  local patterns = h:headers():get("x-lingqu-key-models")
+  -- access.py has the words
+  if not covered(patterns, name) then return h:respond({[":status"] = "403"}, "") end
+  local other = h:headers():get("x-lingqu-fallback")
+  -- As if there were no other model.
+  if other ~= nil and not covered(patterns, other) then h:respond({[":status"] = "503"}, "") end
 end

@@ -17,21 +17,29 @@ from services.core.rest import to_http
 from services.gateway.filters.chain import typed
 from services.gateway.headers import WANTED_HEADER
 
-REFERENCE = "lingqu.reference"
+REFERENCE, FALLBACK = "lingqu.reference", "lingqu.fallback"
 _LUA = "lua.v3.Lua"
 # A filter state: the version in a tensor request itself, as a JSON list.
 OWN_VERSION = "lingqu.version"
 
 
 def reference() -> dict[str, Any]:
-    """Behind MODEL's filter, and before all that looks at MODEL. Runs only where a route says `asked`."""
-    sources = {REFERENCE: {"inline_string": _source("append", "refuse", "reference")}}
+    """Behind MODEL's filter, and before all that looks at MODEL. Runs only where a route says `asked`, or
+    `elsewhere`."""
+    texts = {REFERENCE: _source("append", "refuse", "reference"), FALLBACK: _source("fallback")}
+    sources = {name: {"inline_string": text} for name, text in texts.items()}
     return {"name": REFERENCE, "typed_config": typed(_LUA, {"source_codes": sources})}
 
 
 def asked() -> dict[str, Any]:
     """The `typed_per_filter_config` of a route whose requests may have a version behind the model's name."""
     return {REFERENCE: typed("lua.v3.LuaPerRoute", {"name": REFERENCE})}
+
+
+def elsewhere(fallback: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a route to another model than was asked for: its `typed_per_filter_config`, and its metadata."""
+    script = typed("lua.v3.LuaPerRoute", {"name": FALLBACK})
+    return {REFERENCE: script}, {REFERENCE: {"fallback": fallback}}
 
 
 def pinning(script: str = "pin") -> str:
