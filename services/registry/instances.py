@@ -22,13 +22,15 @@ from services.core.interceptors import Context
 from services.registry import validation
 from services.registry.callers import AdmittedCallers
 from services.registry.etcd import Etcd, Put, Record, Unchanged
-from services.registry.keyspace import INSTANCES
+from services.registry.keyspace import DRAINED, INSTANCES
 from services.registry.leases import Leases
 from services.registry.mirror import Mirror, Update
 from services.registry.renewals import Renewals
 from services.registry.watching import Feed
 
 REGISTER_TRIES = 4
+# How long it is remembered of a process that lost its lease.
+DRAINED_S = 86_400
 
 
 class Instances(RegistryServiceServicer):
@@ -56,7 +58,11 @@ class Instances(RegistryServiceServicer):
         for _ in range(REGISTER_TRIES):
             lease = await self._lease(known, request.lease_id, ttl)
             same = known is not None and known.lease == lease
-            instance.draining = same and known is not None and pb.Instance.FromString(known.value).draining
+            instance.draining = (
+                pb.Instance.FromString(known.value).draining
+                if same and known is not None
+                else await self._was_drained(instance.id, request.lease_id)
+            )
             value = instance.SerializeToString()
             only_if = [Unchanged(key, known.mod_revision if known else 0)]
             with contextlib.suppress(LeaseExpired):  # just now; then its record is gone as well
@@ -78,6 +84,11 @@ class Instances(RegistryServiceServicer):
         if held:
             raise AlreadyExists("another process has registered under this id since, and lives")
         return await self._leases.take(ttl_s)
+
+    async def _was_drained(self, name: str, lease: int) -> bool:
+        """Whether the process that holds the lease was, whose record has ended with it."""
+        found = await self._etcd.get(DRAINED + name) if lease else None
+        return found is not None and found.value == str(lease).encode()
 
     async def _release(self, known: Record | None, lease: int) -> None:
         """End the lease of a record that is not under it any more, so that its holder learns of that with its
@@ -106,7 +117,9 @@ class Instances(RegistryServiceServicer):
             if known is None or request.lease_id not in (0, known.lease):
                 return pb.DeregisterInstanceResponse()
             # Not by ending its lease: a successor may have taken the record over, and would stay.
-            if revision := await self._etcd.commit([], [Unchanged(key, known.mod_revision)], [key]):
+            if revision := await self._etcd.commit(
+                [], [Unchanged(key, known.mod_revision)], [key, DRAINED + request.id]
+            ):
                 await self._release(known, 0)
                 await self._mirror.reached(revision)
                 return pb.DeregisterInstanceResponse()
@@ -125,8 +138,13 @@ class Instances(RegistryServiceServicer):
             if instance.draining != request.undo:
                 return pb.DrainInstanceResponse(instance=instance)
             instance.draining = not request.undo
-            put = Put(key, instance.SerializeToString(), known.lease)
-            if revision := await self._etcd.commit([put], [Unchanged(key, known.mod_revision)]):
+            puts, gone = [Put(key, instance.SerializeToString(), known.lease)], []
+            if request.undo:
+                gone.append(DRAINED + instance.id)
+            else:
+                mark = str(known.lease).encode()
+                puts.append(Put(DRAINED + instance.id, mark, await self._etcd.grant(DRAINED_S)))
+            if revision := await self._etcd.commit(puts, [Unchanged(key, known.mod_revision)], gone):
                 await self._mirror.reached(revision)
                 return pb.DrainInstanceResponse(instance=instance)
         raise Conflict(f'"{request.id}" is being changed by others at the same time; try again')

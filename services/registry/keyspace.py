@@ -13,6 +13,8 @@ from __future__ import annotations
 
 PREFIX = "/lingqu/"
 INSTANCES = f"{PREFIX}instances/"
+# The lease of the process that was told to take no new requests; for a day, by a lease of its own.
+DRAINED = f"{PREFIX}drained/"
 MODELS = f"{PREFIX}models/"
 CLIENTS = f"{PREFIX}access/clients/"
 REVOKED = f"{PREFIX}access/revoked/"

@@ -398,3 +398,25 @@ async def test_a_drained_instance_stays_so_until_it_is_undone_or_starts_anew(reg
     assert not await draining()
     error = await refused(registry.instances.DrainInstance(pb.DrainInstanceRequest(id="nobody"), timeout=5))
     assert error.code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_drained_instance_stays_so_when_its_lease_has_ended(registry: Registry) -> None:
+    """A process that was cut off for longer than its lease is still one to be spared."""
+
+    async def draining() -> bool:
+        answer = await registry.instances.ListInstances(pb.ListInstancesRequest(), timeout=5)
+        return bool(answer.instances[0].draining)
+
+    lease = await register(registry, ttl_s=1)
+    await registry.instances.DrainInstance(pb.DrainInstanceRequest(id="i1"), timeout=5)
+
+    async def gone() -> bool:
+        return await ids(registry) == []
+
+    await until(gone, "the lease ends")
+    assert await register(registry, lease=lease) == lease
+    assert await draining()
+    await registry.instances.DrainInstance(pb.DrainInstanceRequest(id="i1", undo=True), timeout=5)
+    await registry.instances.DeregisterInstance(pb.DeregisterInstanceRequest(id="i1"), timeout=5)
+    assert await register(registry, lease=lease) == lease
+    assert not await draining()
