@@ -18,6 +18,7 @@ from services.inference.agent import TensorModel
 from services.inference.backends.engine import Finish
 from services.inference.callers import Caller
 from services.inference.rest.app import rest_app
+from services.inference.rest.permits import Permits, everything
 from services.inference.rest.server import serving_http
 from services.inference.rest.serving import EmbedJob, Models
 from services.inference.routing import Routing
@@ -84,7 +85,13 @@ class Fakes:
         values = np.arange(count * 4, dtype=np.float32).reshape(count, 4)
         return Vectors(values[:, : job.dimensions], 3 * count)
 
-    def app(self, tracer: Tracer | None = None, limit: int = 64, keep_alive_s: float = 15.0) -> Starlette:
+    def app(
+        self,
+        tracer: Tracer | None = None,
+        limit: int = 64,
+        keep_alive_s: float = 15.0,
+        permits: Permits = everything,
+    ) -> Starlette:
         names = {"text": "generate", "vectors": "embed", "numbers": "tensor"}
         versions = {
             name: Version(VersionKey(name, 1), "", "", task, "", created=7) for name, task in names.items()
@@ -99,7 +106,7 @@ class Fakes:
         }
         routing = Routing(lambda: models, served)
         tracer = tracer or NoOpTracerProvider().get_tracer("test")
-        return rest_app(Models(routing, self.generate, self.embed), tracer, limit, keep_alive_s)
+        return rest_app(Models(routing, self.generate, self.embed), tracer, limit, keep_alive_s, permits)
 
     @asynccontextmanager
     async def serving(self, **options: Any) -> AsyncIterator[httpx.AsyncClient]:

@@ -11,6 +11,7 @@ import grpc
 from pydantic import Field
 
 from lingqu.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from services.core.access import watched_access
 from services.core.discovery import Model, Registration, Registry, Replica, Version, Watched
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
@@ -28,6 +29,7 @@ from services.inference.quarantine import Quarantine
 from services.inference.repository import Repository
 from services.inference.requirements import Machine
 from services.inference.rest.app import rest_app
+from services.inference.rest.permits import by_records
 from services.inference.rest.server import serving_http
 from services.inference.rest.serving import Models, admitted
 from services.inference.routing import Routing
@@ -108,6 +110,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         changed = asyncio.Event()
         models = registry.watched_models(changed)
         replicas = registry.watched_replicas("inference", changed)
+        access = watched_access(registry, asyncio.Event())
         parameters = {
             "kv_cache_gib": str(cfg.kv_cache_gib),
             "max_sequences": str(cfg.max_sequences),
@@ -133,7 +136,9 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         stack.push_async_callback(agent.close)
         follow = _follow(agent, models, replicas, registration, changed)
         stack.callback(store.close)  # or the process would wait for the thread that fetches
-        await stack.enter_async_context(background(models.run(), replicas.run(), limiters.run(), follow))
+        await stack.enter_async_context(
+            background(models.run(), replicas.run(), limiters.run(), access.run(), follow)
+        )
 
         await stack.enter_async_context(usage.running())
         server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
@@ -144,7 +149,12 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         await stack.enter_async_context(
             serving(server, cfg.inference_listen, [SERVICE], cfg.grace_s, cfg.identity)
         )
-        rest = rest_app(Models(routing, generation.generate, admitted(admission)), tracer, cfg.max_in_flight)
+        rest = rest_app(
+            Models(routing, generation.generate, admitted(admission)),
+            tracer,
+            cfg.max_in_flight,
+            permits=by_records(lambda: access.items if access.synced.is_set() else None),
+        )
         await stack.enter_async_context(
             serving_http(rest, cfg.inference_http_listen, cfg.grace_s, cfg.identity)
         )

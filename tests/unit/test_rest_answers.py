@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from services.core.access import Client, Record, RevokedKey
 from services.core.errors import (
     BackendUnavailable,
     DeadlinePassed,
@@ -22,6 +23,7 @@ from services.core.errors import (
     QueueFull,
 )
 from services.inference.backends.engine import Finish
+from services.inference.rest.permits import by_records
 from services.inference.rest.server import serving_http
 from services.inference.text import Delta, Logprob
 from tests.rest_fakes import Fakes, plain
@@ -269,3 +271,38 @@ async def test_models_and_what_is_not_there(client: httpx2.AsyncClient) -> None:
     ):
         answer = await client.get(path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("client", "key_models", "shown"),
+    [
+        ("", None, ["loading", "text", "vectors"]),
+        ("stranger", None, ["loading", "text", "vectors"]),
+        ("some", None, ["text", "vectors"]),
+        ("some", "text v*s", ["text", "vectors"]),
+        ("some", "l*", []),
+        ("stranger", "l* text", ["loading", "text"]),
+        ("none", None, []),
+    ],
+)
+async def test_models_are_shown_to_those_who_may_call_them(
+    client: str, key_models: str | None, shown: list[str]
+) -> None:
+    records: dict[str, Record] = {
+        "client some": Client("some", ("text", "vec*")),
+        "client none": Client("none"),
+        "key stranger": RevokedKey("stranger"),
+    }
+    headers = {"x-lingqu-client": client, **({"x-lingqu-key-models": key_models} if key_models else {})}
+    async with Fakes().serving(permits=by_records(lambda: records)) as api:
+        listed = (await api.get("/v1/models", headers=headers)).json()["data"]
+        assert [model["id"] for model in listed] == shown
+        for name in ("loading", "text", "vectors"):
+            answer = await api.get(f"/v1/models/{name}", headers=headers)
+            assert answer.status_code == (200 if name in shown else 404)
+
+
+async def test_no_models_are_shown_before_it_is_known_who_may_call_them() -> None:
+    async with Fakes().serving(permits=by_records(lambda: None)) as api:
+        answer = await api.get("/v1/models")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "backend_unavailable")

@@ -21,11 +21,16 @@ from services.inference.rest.embeddings import Embeddings
 from services.inference.rest.endpoint import KEEP_ALIVE_S, Asked, Endpoint, Handler
 from services.inference.rest.layers import rest_stack
 from services.inference.rest.listing import Listing, Single
+from services.inference.rest.permits import Permits, everything
 from services.inference.rest.serving import Models
 
 
 def rest_app(
-    models: Models, tracer: trace.Tracer, max_in_flight: int, keep_alive_s: float = KEEP_ALIVE_S
+    models: Models,
+    tracer: trace.Tracer,
+    max_in_flight: int,
+    keep_alive_s: float = KEEP_ALIVE_S,
+    permits: Permits = everything,
 ) -> Starlette:
     def route(method: str, path: str, handler: Handler) -> Route:
         return Route(path, Endpoint(handler, keep_alive_s), methods=[method])
@@ -35,8 +40,8 @@ def rest_app(
             route("POST", "/v1/chat/completions", Chat(models)),
             route("POST", "/v1/completions", Completions(models)),
             route("POST", "/v1/embeddings", Embeddings(models)),
-            route("GET", "/v1/models", Listing(models.routing)),
-            route("GET", "/v1/models/{id}", Single(models.routing)),
+            route("GET", "/v1/models", Listing(models.routing, permits)),
+            route("GET", "/v1/models/{id}", Single(models.routing, permits)),
             route("GET", "/openapi.json", Document()),
         ],
         middleware=rest_stack(tracer, max_in_flight),

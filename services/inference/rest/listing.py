@@ -8,31 +8,36 @@ from services.core.discovery import Model
 from services.core.errors import ModelNotFound
 from services.inference.rest.answers import Answer, whole
 from services.inference.rest.endpoint import Asked
+from services.inference.rest.permits import Permits
 from services.inference.routing import Routing
 
 TASKS_WITHOUT_REST = ("tensor",)
 
 
 class Listing:
-    """All models that take requests here."""
+    """All models that take requests here and that the caller may call."""
 
-    def __init__(self, routing: Routing) -> None:
+    def __init__(self, routing: Routing, permits: Permits) -> None:
         self._routing = routing
+        self._permits = permits
 
     async def __call__(self, asked: Asked) -> Answer:
-        return whole({"object": "list", "data": [_item(model) for model in _listed(self._routing)]})
+        shown = self._permits(asked.headers)
+        found = [_item(model) for model in _listed(self._routing) if shown(model.name)]
+        return whole({"object": "list", "data": found})
 
 
 class Single:
     """One of them."""
 
-    def __init__(self, routing: Routing) -> None:
+    def __init__(self, routing: Routing, permits: Permits) -> None:
         self._routing = routing
+        self._permits = permits
 
     async def __call__(self, asked: Asked) -> Answer:
         name = asked.path["id"]
         found = next((model for model in _listed(self._routing) if model.name == name), None)
-        if found is None:
+        if found is None or not self._permits(asked.headers)(name):
             raise ModelNotFound(name[:64])
         return whole(_item(found))
 
