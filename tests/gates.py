@@ -201,12 +201,14 @@ class Calls:
             base_url=f"http://{address}", trust_env=False, verify=False, headers=dict(self._metadata)
         )
 
-    async def grpc(self, path: str, message: bytes) -> tuple[str, str]:
+    async def grpc(
+        self, path: str, message: bytes, compression: grpc.Compression | None = None
+    ) -> tuple[str, str]:
         """The status and the reason."""
         async with grpc.aio.insecure_channel(self._address) as channel:
             call: Any = channel.unary_unary(path)
             try:
-                await call(message, metadata=self._metadata, timeout=10)
+                await call(message, metadata=self._metadata, timeout=10, compression=compression)
             except grpc.aio.AioRpcError as err:
                 error = LingquError(err)
                 return error.code.name, error.reason

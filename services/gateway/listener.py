@@ -148,6 +148,9 @@ def _mappers() -> list[dict[str, Any]]:
         "grpc_field_extraction_FAILED_PRECONDITION": MessageTooLarge(
             "the gateway reads messages up to 16 MiB"
         ),
+        "grpc_field_extraction_INVALID_ARGUMENT": InvalidInput(
+            "request", "cannot be read: a path /package.Service/Method and uncompressed messages are needed"
+        ),
         "{overflow}": QueueFull("the gateway has as many requests to this model in progress as it may"),
         "Jwt_is_missing": Unauthenticated("no key was sent: authorization: Bearer <key>"),
         "Jwt_is_expired": Unauthenticated("the key has expired"),

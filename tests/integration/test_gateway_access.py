@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +70,16 @@ async def test_a_name_that_cannot_be_reaches_nobody(entry: Gate) -> None:
                 assert found == answer or (
                     message == field_of(1, b"<none>") and found[0] == "INVALID_ARGUMENT"
                 )
+
+
+async def test_what_cannot_be_read_is_refused_with_a_reason(entry: Gate) -> None:
+    calls = Calls(entry.address, signed(entry.keys, "everything"))
+    message = field_of(1, b"alone") + field_of(2, b"a" * 100)
+    assert await calls.grpc(GENERATE, message, grpc.Compression.Gzip) == (
+        "INVALID_ARGUMENT",
+        "INVALID_ARGUMENT",
+    )
+    assert await calls.grpc("/", message) == ("INVALID_ARGUMENT", "INVALID_ARGUMENT")
 
 
 async def test_a_body_without_a_model_is_left_to_inference(entry: Gate) -> None:
