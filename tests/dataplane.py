@@ -33,12 +33,13 @@ from lingqu.inference.v1.inference_pb2_grpc import (
     add_InferenceServiceServicer_to_server,
 )
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
+from services.gateway import xds
 from services.gateway.ads import Ads, Snapshots
 from services.gateway.bootstrap import bootstrap
 from services.gateway.hds import HealthDiscovery
 from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
-from services.gateway.snapshot import snapshot
+from services.gateway.snapshot import Builder
 from services.gateway.view import View, view
 from tests.conftest import free_offset
 from tests.waiting import until
@@ -209,6 +210,7 @@ class DataPlane:
         self.key = keys.mint("tester").key
         self.metadata = (("authorization", f"Bearer {self.key}"),)
         self._snapshots = snapshots
+        self._builder = Builder()
         self._ads = ads
         self._entry = entry
         self.health = health
@@ -228,10 +230,15 @@ class DataPlane:
         now = view(replicas, models, **{"unhealthy": self.health.unhealthy, **more})
         self.health.watch(now)
         self.view = now
-        made = snapshot(now, self._entry)
+        made = self._builder.build(now, self._entry)
         await self._snapshots.publish(made)
         await until(lambda: self._synced(made.version), f"Envoy has {made.version}", every_s=0.01)
         return now
+
+    @property
+    def routes_version(self) -> str:
+        assert self._snapshots.current is not None
+        return self._snapshots.current.versions[xds.ROUTES]["public"]
 
     def _synced(self, version: str) -> bool:
         planes = list(self._ads.planes.values())

@@ -146,7 +146,7 @@ async def running(
     keys = KeyRing.at(folder / "key.pem")
     made = replace(Entry(layout.address(PUBLIC), "127.0.0.1:1", keys.jwks()), **entry)
     boot = bootstrap("test", "127.0.0.1:1", layout.address(ENVOY_ADMIN), heap_bytes)
-    for dynamic in ("dynamic_resources", "cluster_manager", "hds_config"):
+    for dynamic in ("dynamic_resources", "cluster_manager", "hds_config", "layered_runtime"):
         boot.pop(dynamic, None)
     async with serving(backend) as upstream:
         config = boot | static(snapshot(seen(upstream, access), made))

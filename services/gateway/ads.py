@@ -55,6 +55,7 @@ class DataPlane:
     synced: str = ""  # newest version of which it has accepted everything
     rejections: dict[tuple[str, str], Rejection] = field(default_factory=dict)
     ahead: bool = False  # it has seen more of the registry than we have
+    tunable: bool = True  # it takes runtime values, which routes rely on
     zone: str = ""
     admin: str = ""  # "host:port" of its admin interface, on its own machine
 
@@ -133,6 +134,9 @@ class Listener(Protocol):
     def behind(self) -> None:
         """A data plane has seen more of the registry than the snapshot shows."""
 
+    def tunable(self, all_are: bool) -> None:
+        """Whether all data planes take runtime values."""
+
 
 class Stream:
     """The protocol with one Envoy, without I/O: requests in, responses out."""
@@ -155,6 +159,8 @@ class Stream:
                 self._seen = max(self._seen, progress)
             subscription.has |= subscription.sent.keys()
             subscription.wildcard = not request.resource_names_subscribe
+            if request.type_url == xds.ROUTES and xds.RUNTIME not in self._subscriptions:
+                self._plane.tunable = False  # its bootstrap is that of an earlier release
         for name in request.resource_names_subscribe:
             if name == "*":
                 subscription.wildcard = True
@@ -186,6 +192,8 @@ class Stream:
             if not any(of == kind for of, _ in self._plane.rejections) and not subscription.suspects:
                 self._forget_rejection(kind)
             return
+        if request.type_url == xds.RUNTIME:
+            self._plane.tunable = False  # routes have to say what it does not hear
         self._plane.last_rejection = f"{kind}: {request.error_detail.message}"
         if self._heard is not None:
             self._heard.nack(kind)
@@ -225,7 +233,7 @@ class Stream:
                 continue
             if kind == xds.ROUTES and (found or self._awaits() or not self._warm(snapshot)):
                 break
-            if subscription.awaited:
+            if subscription.awaited or (kind == xds.RUNTIME and self._routes_are_due(snapshot)):
                 continue
             named = snapshot.found[kind]
             changed = subscription.changed(named)
@@ -240,6 +248,14 @@ class Stream:
         if not found and not self._awaits():
             found += self._removal(snapshot)
         return found
+
+    def _routes_are_due(self, snapshot: Snapshot) -> bool:
+        """Whether Envoy has other routes than these: it still needs the runtime values for those. An Envoy
+        that has values from before will ask for its routes next."""
+        routes = self._subscriptions.get(xds.ROUTES)
+        if routes is None:
+            return bool(self._subscriptions[xds.RUNTIME].sent)
+        return bool(routes.awaited or routes.refused or routes.changed(snapshot.found[xds.ROUTES]))
 
     def _removal(self, snapshot: Snapshot) -> list[Any]:
         """The next kind of which something has to go. While Envoy keeps routes that it was to replace, what
@@ -347,6 +363,7 @@ class Ads(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc
                 if request is not None:
                     plane.introduced(request.node)
                     stream.on_request(request)
+                    self._tell_tunable()
                 if self._snapshots.current is not None:
                     told = self.drains.told(plane.node_id, self._snapshots.current)
                     for response in stream.responses(told):
@@ -361,6 +378,11 @@ class Ads(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc
                     raise BackendUnavailable("this control plane has not come as far as the data plane")
         finally:
             self.planes.pop(id(plane), None)
+            self._tell_tunable()
+
+    def _tell_tunable(self) -> None:
+        if self._heard is not None:
+            self._heard.tunable(all(plane.tunable for plane in self.planes.values()))
 
     async def drain(self, node_id: str, grace_s: float) -> None:
         """Have a data plane leave: its health fails now, its port closes in `grace_s`. Raises NotFound."""

@@ -7,8 +7,9 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from services.gateway.clusters import endpoints, socket_address
+from services.gateway.clusters import ADS, endpoints, socket_address
 from services.gateway.secrets import upstream_from_files
+from services.gateway.shares import LAYER
 
 # Envoy's own default grows to half a minute: a control plane that is back would be found that late.
 _RECONNECTS = {"retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"}}
@@ -105,7 +106,14 @@ def bootstrap(
             ]
         },
         "layered_runtime": {
-            "layers": [{"name": "static", "static_layer": {"tracing.opentelemetry.flush_interval_ms": 500}}]
+            "layers": [
+                {"name": "static", "static_layer": {"tracing.opentelemetry.flush_interval_ms": 500}},
+                # A control plane of an earlier release has none: that must not hold up the start for long.
+                {
+                    "name": LAYER,
+                    "rtds_layer": {"name": LAYER, "rtds_config": {**ADS, "initial_fetch_timeout": "1s"}},
+                },
+            ]
         },
     }
 

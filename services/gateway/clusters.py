@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from services.gateway import protection
@@ -175,15 +176,21 @@ def endpoints(
     def zone(address: str) -> str:
         return known.get(address, "")
 
-    def member(address: str) -> dict[str, Any]:
-        made: dict[str, Any] = {"endpoint": {"address": socket_address(address)}}
-        return {**made, "health_status": "UNHEALTHY"} if address in unhealthy else made
-
     groups = [
-        {"locality": {"zone": name} if name else {}, "lb_endpoints": [member(a) for a in found]}
+        {
+            "locality": {"zone": name} if name else {},
+            "lb_endpoints": [_member(address, address in unhealthy) for address in found],
+        }
         for name, found in itertools.groupby(sorted(addresses, key=zone), key=zone)
     ]
     return {"cluster_name": cluster, "endpoints": groups}
+
+
+@lru_cache(maxsize=65_536)
+def _member(address: str, unhealthy: bool) -> dict[str, Any]:
+    """Not to be changed: the same for all clusters."""
+    made: dict[str, Any] = {"endpoint": {"address": socket_address(address)}}
+    return {**made, "health_status": "UNHEALTHY"} if unhealthy else made
 
 
 def socket_address(address: str) -> dict[str, Any]:

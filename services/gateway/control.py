@@ -39,6 +39,8 @@ REST_S = (0.005, 0.1)
 DARK_S = 0.05
 # How long the first snapshot waits for who keeps global limits.
 LIMITERS_S = 1.0
+# By how much a suite has to have grown for the garbage collector to be told what lives long.
+GROWN = 1.25
 # Watches are told what a list shows, though a moment later.
 SETTLED_S = 0.1
 
@@ -133,6 +135,12 @@ class ControlPlane:
         if self._builder.accepted(kind, version):
             self.changed.set()
 
+    def tunable(self, all_are: bool) -> None:
+        """While one Envoy takes no runtime values, shares are said by routes."""
+        if self._builder.tunes != all_are:
+            self._builder.tunes = all_are
+            self.changed.set()
+
     def behind(self) -> None:
         """An Envoy has seen more of the registry than we have been told: ask how far the registry is."""
         self._asked.set()
@@ -154,7 +162,7 @@ class ControlPlane:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LIMITERS_S):
                 await self._limits.synced.wait()
-        settled = False
+        kept = 0
         while True:
             self.changed.clear()
             begun = time.monotonic()
@@ -163,13 +171,14 @@ class ControlPlane:
                 await asyncio.sleep(DARK_S)
                 now = self._seen()
             await self._make(now)
-            if not settled and self.snapshots.current is not None:
-                # What the first snapshot is made of lives long: collecting it again and again took 80 ms.
-                gc.collect()
-                gc.freeze()
-                settled = True
             took = time.monotonic() - begun
             await asyncio.sleep(min(max(took, REST_S[0]), REST_S[1]))
+            size = len(self._view.replicas) + len(self._view.models)
+            if self.snapshots.current is not None and size >= GROWN * kept:
+                # What snapshots are made of lives long: looking through all of it took 50 ms of a change.
+                gc.collect()
+                gc.freeze()
+                kept = size + 1
             await self.changed.wait()
 
     def _seen(self) -> View:
@@ -194,13 +203,14 @@ class ControlPlane:
             log.error("no snapshot can be made, the last one holds: %s", err)  # noqa: TRY400 - it says all
             return
         self._view = now
-        self.health.watch(now, secured=self._entry().secrets.own is not None)
         known = current.refused if current else {}
         for what, why in made.refused.items():
             if known.get(what) != why:
                 log.error("%s is held back: %s", what, why)
         if made != current:
             await self.snapshots.publish(made)
+        # After the routes, which somebody waits for.
+        self.health.watch(now, secured=self._entry().secrets.own is not None)
 
     async def _catch_up(self) -> None:
         """The revision of a watch is that of its last event. Whether there was none since or it is late, a

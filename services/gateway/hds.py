@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from envoy.config.core.v3 import health_check_pb2
+from envoy.config.endpoint.v3 import endpoint_components_pb2
 from envoy.service.health.v3 import hds_pb2, hds_pb2_grpc
 from google.protobuf.json_format import ParseDict
 
@@ -20,7 +22,8 @@ class HealthDiscovery(hds_pb2_grpc.HealthDiscoveryServiceServicer):  # type: ign
 
     def __init__(self, changed: asyncio.Event) -> None:
         self.changed = changed
-        self._wanted: dict[str, Any] = checks(View((), ()))
+        self._asked: tuple[tuple[str, ...], tuple[str, ...], bool] = ((), (), False)
+        self._wanted: Any = specifier(checks(View((), ())))
         self._told: set[asyncio.Event] = set()
         self._findings: dict[int, Findings] = {}
         self.unhealthy: frozenset[str] = frozenset()
@@ -32,9 +35,10 @@ class HealthDiscovery(hds_pb2_grpc.HealthDiscoveryServiceServicer):  # type: ign
 
     def watch(self, view: View, *, secured: bool = False) -> None:
         """From now on the replicas of this view are asked."""
-        wanted = checks(view, secured=secured)
-        if wanted != self._wanted:
-            self._wanted = wanted
+        asked = (view.texts, view.tritons, secured)
+        if asked != self._asked:
+            self._asked = asked
+            self._wanted = specifier(checks(view, secured=secured))
             for told in self._told:
                 told.set()
 
@@ -51,7 +55,7 @@ class HealthDiscovery(hds_pb2_grpc.HealthDiscoveryServiceServicer):  # type: ign
                 told.clear()
                 if listening.done():
                     return
-                yield ParseDict(self._wanted, hds_pb2.HealthCheckSpecifier())
+                yield self._wanted
         finally:
             listening.cancel()
             self._told.discard(told)
@@ -75,6 +79,28 @@ class HealthDiscovery(hds_pb2_grpc.HealthDiscoveryServiceServicer):  # type: ign
         if now != self.unhealthy:
             self.unhealthy = now
             self.changed.set()
+
+
+def specifier(body: Mapping[str, Any]) -> Any:
+    """What `checks` says as a message. A thousand addresses are parsed once, not whenever one is another."""
+    made: Any = hds_pb2.HealthCheckSpecifier()
+    asked = body["cluster_health_checks"]
+    ParseDict({**body, "cluster_health_checks": [{**one, "locality_endpoints": []} for one in asked]}, made)
+    for check, one in zip(made.cluster_health_checks, asked, strict=True):
+        for locality in one["locality_endpoints"]:
+            members = check.locality_endpoints.add().endpoints
+            for member in locality["endpoints"]:
+                at = member["address"]["socket_address"]
+                members.append(_member(at["address"], at["port_value"]))
+    return made
+
+
+@lru_cache(maxsize=65_536)
+def _member(host: str, port: int) -> Any:
+    """Not to be changed."""
+    made: Any = endpoint_components_pb2.Endpoint()
+    made.address.socket_address.address, made.address.socket_address.port_value = host, port
+    return made
 
 
 def _report(response: Any) -> Report:

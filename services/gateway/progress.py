@@ -1,6 +1,7 @@
 """How far a control plane has followed the registry, told to Envoys in the versions of resources.
 
-Versions are digests, the same in every control plane. Behind each stands the revision at which it was sent.
+Versions are digests, the same in every control plane but for routes, which say the shares for which each has
+made them (shares.py). Behind each stands the revision at which it was sent.
 An Envoy that comes to another control plane tells all it has: one that has not come as far must not roll it
 back.
 """

@@ -25,12 +25,15 @@ from services.gateway.progress import NOTHING, Progress
 from services.gateway.resources import Parser, Refused, Resource
 from services.gateway.routes import ROUTES, routes
 from services.gateway.secrets import secrets, secured
+from services.gateway.shares import LAYER, Shares
 from services.gateway.splits import branch
 from services.gateway.view import Target, View
 
 MAX_BANNED = 1024
 MAX_BRANCHES = 20_000  # of route trees that are remembered
 Named = Mapping[str, Resource]
+_Recipe = tuple[Any, ...]  # what makes a cluster's configuration, and its arguments
+_Backend = tuple[Any, ...]  # all that a cluster and its endpoints are made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,10 @@ class Builder:
         self._bad: dict[str, tuple[Known, str]] = {}
         self._doubtful: list[str] = []
         self._banned: dict[str, str] = {}
+        self._backed: dict[str, tuple[_Backend, tuple[Resource, Resource]]] = {}
         self._listened: tuple[Entry, dict[str, Any]] | None = None
+        self._shares = Shares()
+        self.tunes = True  # whether all Envoys take runtime values
         self._routed_last: tuple[Any, Resource] | None = None
         self._branched: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}
 
@@ -101,6 +107,8 @@ class Builder:
         refused = {f'model "{name}"': why for name, (_, why) in sorted(self._bad.items())}
         self._last, self._known = replace(made, refused={**made.refused, **refused}), known
         self._parser.turn()
+        current = self._last.found[xds.ENDPOINTS]
+        self._backed = {name: kept for name, kept in self._backed.items() if name in current}
         return self._last
 
     def refused(self, kind: str, version: str, why: str) -> bool:
@@ -165,43 +173,78 @@ class Builder:
 
     def _made(self, view: View, entry: Entry) -> Snapshot:
         made = []
-        members = []
         if entry.traces:
             made.append(clusters.fixed(clusters.TRACES, entry.traces))
         if entry.metrics:
             made.append(clusters.metrics(entry.metrics))
-        for cluster, addresses in _clusters(view, entry):
-            made.append(secured(cluster) if entry.secrets.own else cluster)
-            members.append(clusters.endpoints(cluster["name"], addresses, view.zones, view.unhealthy))
         refused: dict[str, str] = {}
 
-        def named(kind: str, bodies: Iterable[dict[str, Any]], key: str = "name") -> dict[str, Resource]:
-            return {body[key]: self._resource(kind, body[key], body, refused) for body in bodies}
+        def named(kind: str, bodies: Iterable[dict[str, Any]]) -> dict[str, Resource]:
+            return {body["name"]: self._resource(kind, body["name"], body, refused) for body in bodies}
 
+        backends = self._backends(view, entry, refused)
         found = {
-            xds.CLUSTER: named(xds.CLUSTER, made),
-            xds.ENDPOINTS: named(xds.ENDPOINTS, members, "cluster_name"),
+            xds.CLUSTER: {**named(xds.CLUSTER, made), **{name: pair[0] for name, pair in backends.items()}},
+            xds.ENDPOINTS: {name: pair[1] for name, pair in backends.items()},
             xds.SECRETS: named(xds.SECRETS, secrets(entry.secrets)),
             xds.LISTENER: named(xds.LISTENER, [self._listener(entry)]),
             xds.EXTENSIONS: named(xds.EXTENSIONS, filters.extensions(view, entry)),
-            xds.ROUTES: {ROUTES: self._routed(view, entry)},
+            **self._routed(view, entry, refused),
         }
         return Snapshot(found, _digest(found), refused)
+
+    def _backends(
+        self, view: View, entry: Entry, refused: dict[str, str]
+    ) -> dict[str, tuple[Resource, Resource]]:
+        """Clusters by name, each with its endpoints. What is known of one is looked at, not made again."""
+        found = {}
+        for name, recipe, addresses in _clusters(view, entry):
+            value: _Backend = (
+                recipe,
+                entry.secrets.own,
+                addresses,
+                tuple(view.zones.get(address) for address in addresses) if view.zones else (),
+                view.unhealthy.intersection(addresses),
+            )
+            known = self._backed.get(name)
+            if known is None or known[0] != value or any(r.version in self._banned for r in known[1]):
+                before = len(refused)
+                cluster = recipe[0](*recipe[1:])
+                members = clusters.endpoints(name, addresses, view.zones, view.unhealthy)
+                made = (
+                    self._resource(xds.CLUSTER, name, secured(cluster) if value[1] else cluster, refused),
+                    self._resource(xds.ENDPOINTS, name, members, refused),
+                )
+                known = (value, made)
+                if len(refused) == before:  # what holds in place of something is to be told each time
+                    self._backed[name] = known
+                else:
+                    self._backed.pop(name, None)
+            found[name] = known[1]
+        return found
 
     def _listener(self, entry: Entry) -> dict[str, Any]:
         if self._listened is None or self._listened[0] != entry:
             self._listened = (entry, listener(entry))
         return self._listened[1]
 
-    def _routed(self, view: View, entry: Entry) -> Resource:
-        """The routes. They do not change with addresses, nor a model's with those of others."""
-        targets, named = _placeless(view.targets), _placeless(view.named)
-        key = (targets, named, view.models, entry.cors_origins)
+    def _routed(self, view: View, entry: Entry, refused: dict[str, str]) -> dict[str, dict[str, Resource]]:
+        """The routes, and the runtime values for them. Routes do not change with addresses, nor a model's
+        with those of others, nor with its weights alone."""
+        targets, named, models = _placeless(view.targets), _placeless(view.named), view.models
+        values: Mapping[str, Any] = {}
+        if self.tunes:
+            split = self._shares.split(targets, named, models)
+            targets, named, models, values = split.targets, split.named, split.models, split.values
+        else:
+            self._shares.forget()
+        key = (targets, named, models, entry.cors_origins)
         if self._routed_last is None or self._routed_last[0] != key:
-            placeless = replace(view, targets=targets, named=named)
+            placeless = replace(view, targets=targets, named=named, models=models)
             body = routes(placeless, entry.cors_origins, self._branches)
             self._routed_last = (key, self._parser.resource(xds.MESSAGES[xds.ROUTES], body))
-        return self._routed_last[1]
+        layer = self._resource(xds.RUNTIME, LAYER, {"name": LAYER, "layer": dict(values)}, refused)
+        return {xds.ROUTES: {ROUTES: self._routed_last[1]}, xds.RUNTIME: {LAYER: layer}}
 
     def _branches(
         self, service: str, known: Model | None, targets: Sequence[Target], spare: Sequence[Target]
@@ -228,19 +271,19 @@ class Builder:
         return made
 
 
-def _clusters(view: View, entry: Entry) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+def _clusters(view: View, entry: Entry) -> Iterator[tuple[str, _Recipe, tuple[str, ...]]]:
     """Those whose endpoints come from the registry, with their addresses."""
-    yield clusters.discovered(clusters.CONTROL), view.gateways or (entry.control,)
-    yield clusters.limiter(), view.limiters
-    yield clusters.discovered(clusters.ANY_TRITON), view.tritons
-    yield clusters.discovered(clusters.ANY_REST), view.rest
+    yield clusters.CONTROL, (clusters.discovered, clusters.CONTROL), view.gateways or (entry.control,)
+    yield clusters.LIMITER, (clusters.limiter,), view.limiters
+    yield clusters.ANY_TRITON, (clusters.discovered, clusters.ANY_TRITON), view.tritons
+    yield clusters.ANY_REST, (clusters.discovered, clusters.ANY_REST), view.rest
     shadows = {(model.name, model.shadow) for model in view.models if model.shadow and model.weights}
     for target in (*view.targets, *view.named):
         for name, addresses in clusters.backends(target).items():
-            yield clusters.discovered(name, target.affinity, target.max_requests), addresses
+            yield name, (clusters.discovered, name, target.affinity, target.max_requests), addresses
             if (target.model, target.version) in shadows:
                 appending = versions.appending(target.version) if name.startswith("tensor/") else None
-                yield clusters.shadow(name, appending), addresses
+                yield f"{clusters.SHADOW}/{name}", (clusters.shadow, name, appending), addresses
 
 
 def _by_model(view: View) -> dict[str, Known]:
@@ -291,8 +334,7 @@ def _without(view: View, names: Iterable[str]) -> View:
 
 
 def _digest(found: Mapping[str, Named]) -> str:
-    hasher = hashlib.sha256()
-    for kind, named in found.items():
-        for name, resource in sorted(named.items()):
-            hasher.update(f"{kind} {name} {resource.version}\n".encode())
-    return hasher.hexdigest()[:16]
+    lines = (
+        f"{kind} {name} {named[name].version}\n" for kind, named in found.items() for name in sorted(named)
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]

@@ -48,15 +48,17 @@ def branch(
     asked = {str(number): target for number, target in numbers.items()}
     asked |= {name: numbers[number] for name, number in aliases.items() if number in numbers}
     mirrors = _mirrors(service, known, numbers)
-    weighted = [target for target in targets if target.percent]
+    weighted = [target for target in targets if target.percent or target.share_key]
     got, refused = breakers.shares((target.percent, target.admits) for target in weighted)
+    keys = [target.share_key for target in weighted]
     shares = [(_route(service, t, mirrors), share) for t, share in zip(weighted, got, strict=True)]
     fallback = _fallback(service, targets, spare)
     if fallback and not any(_able(service, target) for target in weighted):
-        shares, refused = [], 100
-    shares = [entry for entry in (*shares, (fallback or _REFUSED, refused)) if entry[1]]
+        shares, refused, keys = [], 100, []
+    if not any(keys):
+        shares = [entry for entry in (*shares, (fallback or _REFUSED, refused)) if entry[1]]
     named = {name: action(_named(service, target)) for name, target in sorted(asked.items())}
-    otherwise = _split(shares)
+    otherwise = _split(shares, keys if any(keys) else ())
     if KINDS[service] == "tensor":
         # Their messages say it already: no script has to.
         own = {
@@ -91,15 +93,16 @@ def added(headers: Mapping[str, str]) -> list[dict[str, Any]]:
     ]
 
 
-def _split(shares: Sequence[tuple[dict[str, Any], int]]) -> dict[str, Any]:
+def _split(shares: Sequence[tuple[dict[str, Any], int]], keys: Sequence[str] = ()) -> dict[str, Any]:
     """One route, or a list in which each takes its share of what comes. Not weighted clusters: whether a
-    script has to run is said by the route of a version."""
+    script has to run is said by the route of a version. `keys`: runtime keys that may say other shares."""
     if len(shares) == 1:
         return action(shares[0][0])
     routes = []
-    for (route, _), upto in zip(shares, thresholds([p for _, p in shares]), strict=True):
-        drawn = {"numerator": upto, "denominator": "MILLION"}
-        match = {"prefix": "/", "runtime_fraction": {"default_value": drawn}}
+    uptos = thresholds([percent for _, percent in shares])
+    for (route, _), upto, key in zip(shares, uptos, keys or [""] * len(shares), strict=True):
+        drawn: dict[str, Any] = {"default_value": {"numerator": upto, "denominator": "MILLION"}}
+        match = {"prefix": "/", "runtime_fraction": {**drawn, "runtime_key": key} if key else drawn}
         routes.append({**route, "match": match})
     config = {"@type": "type.googleapis.com/envoy.config.route.v3.RouteList", "routes": routes}
     return {"action": {"name": "split", "typed_config": config}}

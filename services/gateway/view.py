@@ -24,7 +24,8 @@ class Target:
     another version of it may be loaded in the same Tritons and has the higher number, which Triton would take
     for a request that names no version. `affinity`: what keeps requests on one replica, "prefix", "session"
     or "none". `admits`: how many of 100 requests its breaker lets through. `max_requests`: how many a gateway
-    may have in progress, 0 for the default."""
+    may have in progress, 0 for the default. `share_key`: the runtime key of its share,
+    if it has one (shares.py)."""
 
     model: str
     version: int
@@ -37,6 +38,7 @@ class Target:
     affinity: str = "none"
     admits: int = 100
     max_requests: int = 0
+    share_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

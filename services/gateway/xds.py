@@ -43,6 +43,7 @@ from envoy.extensions.rate_limit_descriptors.expr.v3 import expr_pb2  # noqa: F4
 from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2  # noqa: F401
 from envoy.extensions.transport_sockets.tls.v3 import secret_pb2, tls_pb2  # noqa: F401
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2  # noqa: F401
+from envoy.service.runtime.v3 import rtds_pb2
 from envoy.type.matcher.v3 import http_inputs_pb2  # noqa: F401
 from xds.type.v3 import typed_struct_pb2  # noqa: F401
 
@@ -53,9 +54,11 @@ SECRETS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 LISTENER = f"{_PREFIX}.listener.v3.Listener"
 EXTENSIONS = f"{_PREFIX}.core.v3.TypedExtensionConfig"
 ROUTES = f"{_PREFIX}.route.v3.RouteConfiguration"
+RUNTIME = "type.googleapis.com/envoy.service.runtime.v3.Runtime"
 
-# In the order in which additions are safe: nothing names what is not there yet.
-ORDER = (CLUSTER, ENDPOINTS, SECRETS, LISTENER, EXTENSIONS, ROUTES)
+# In the order in which additions are safe: nothing names what is not there yet. Runtime values come last, as
+# they forget what was said of routes that are replaced.
+ORDER = (CLUSTER, ENDPOINTS, SECRETS, LISTENER, EXTENSIONS, ROUTES, RUNTIME)
 MESSAGES = {
     CLUSTER: cluster_pb2.Cluster,
     ENDPOINTS: endpoint_pb2.ClusterLoadAssignment,
@@ -63,4 +66,5 @@ MESSAGES = {
     LISTENER: listener_pb2.Listener,
     EXTENSIONS: extension_pb2.TypedExtensionConfig,
     ROUTES: route_pb2.RouteConfiguration,
+    RUNTIME: rtds_pb2.Runtime,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -73,6 +74,29 @@ async def test_versions_get_their_shares(plane: DataPlane, ask: Ask) -> None:
     assert set(found) == set(shares)
     distance = sum((found[k] - total * p) ** 2 / (total * p) for k, p in shares.items())
     assert distance < CHI_SQUARE[1], found
+
+
+async def test_a_release_leaves_the_routes_and_changes_the_shares(gate: Any) -> None:
+    """Streams that are open stay where they are: nothing of theirs is touched."""
+    plane, (one, two, three) = gate
+    before = plane.view
+    hosts = [one.hosting(("m", 1), ("only", 1)), two.hosting(("m", 2)), three.hosting(("m", 3))]
+    routes = plane.routes_version
+    try:
+        for weights in ({3: 100}, {1: 50, 3: 50}, {2: 20, 3: 80}, {1: 70, 2: 30}):
+            models = [
+                replace(m, weights=tuple(weights.items())) if m.name == "m" else m for m in before.models
+            ]
+            await plane.publish(hosts, models)
+            assert plane.routes_version == routes
+            shares = {str(v): percent / 100 for v, percent in weights.items()}
+            for ask in (text, tensor, rest):
+                found = Counter([(await ask(plane, "m"))[1] for _ in range(150)])
+                assert set(found) == set(shares)
+                distance = sum((found[v] - 150 * p) ** 2 / (150 * p) for v, p in shares.items())
+                assert distance < CHI_SQUARE[1], found
+    finally:
+        await plane.publish(hosts, before.models)
 
 
 @ways

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
 from services.gateway import xds
-from services.gateway.ads import DataPlane, Rejection, Stream
+from services.gateway.ads import Ads, DataPlane, Rejection, Snapshots, Stream
 from services.gateway.listener import Entry
 from services.gateway.progress import Progress
 from services.gateway.resources import to_resource
@@ -49,6 +49,7 @@ def small(models: Mapping[str, int], revision: int = 0) -> Snapshot:
         found[xds.ENDPOINTS] |= named(name, generation=generation)
     found[xds.LISTENER] = named("public")
     found[xds.EXTENSIONS] = named("access")
+    found[xds.RUNTIME] = named("shares", generation=sum(models.values()))
     found[xds.ROUTES] = {"public": to_resource(StringValue(value=json.dumps(sorted(clusters))))}
     return Snapshot(
         found, str(sorted(models.items())), at=Progress(revision, STORE) if revision else Progress()
@@ -59,7 +60,8 @@ class Envoy:
     """Subscribes as Envoy does and answers what it gets: clusters only when it has their endpoints. `refuses`
     are names of resources, or kinds."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tunable: bool = True) -> None:
+        self.starts_with = (xds.RUNTIME,) if tunable else ()
         self.has: dict[str, dict[str, str]] = {kind: {} for kind in xds.ORDER}
         self.content: dict[tuple[str, str], bytes] = {}
         self.log: list[tuple[str, list[str], list[str]]] = []
@@ -73,7 +75,7 @@ class Envoy:
         self.stream = Stream(self.plane, self)
         self.outstanding: list[Any] = []
         self.warming: list[tuple[Any, set[str]]] = []
-        for kind in (xds.CLUSTER, xds.ENDPOINTS, xds.LISTENER, xds.EXTENSIONS, xds.ROUTES):
+        for kind in (*self.starts_with, xds.CLUSTER, xds.ENDPOINTS, xds.LISTENER, xds.EXTENSIONS, xds.ROUTES):
             wildcard = kind in (xds.CLUSTER, xds.LISTENER)
             names = [] if wildcard else self._named(kind)
             if wildcard or names:
@@ -82,6 +84,8 @@ class Envoy:
                 self.stream.on_request(request)
 
     def _named(self, kind: str) -> list[str]:
+        if kind == xds.RUNTIME:
+            return ["shares"]
         if kind == xds.ENDPOINTS:
             return [name for name in self.has[xds.CLUSTER] if is_discovered(name)]
         if not self.has[xds.LISTENER]:
@@ -304,6 +308,89 @@ def test_revisions_of_another_store_say_nothing() -> None:
     object.__setattr__(restored, "at", Progress(3, "zyxwvuts"))
     envoy.take(restored)
     assert envoy.routed == {"tensor/a/1"}
+
+
+def kinds(envoy: Envoy) -> list[str]:
+    return [kind for kind, added, _ in envoy.log if added]
+
+
+def test_runtime_values_of_routes_are_forgotten_after_the_routes() -> None:
+    envoy = connected(small({"a": 1}))
+    envoy.log.clear()
+    envoy.take(small({"a": 2}))
+    assert kinds(envoy) == [xds.CLUSTER, xds.ENDPOINTS, xds.ROUTES, xds.RUNTIME]
+
+
+def test_while_routes_are_refused_their_runtime_values_stay() -> None:
+    envoy = connected(small({"a": 1}))
+    values = envoy.has[xds.RUNTIME]["shares"]
+    envoy.refuses = {xds.ROUTES}
+    envoy.take(small({"b": 2}))
+    assert envoy.has[xds.RUNTIME]["shares"] == values
+    envoy.refuses = set()
+    envoy.take(small({"b": 3}))
+    assert envoy.has[xds.RUNTIME]["shares"] != values
+
+
+def test_an_envoy_that_comes_from_another_control_plane_keeps_its_values_until_it_has_routes() -> None:
+    """It asks for runtime values first."""
+    envoy = connected(small({"a": 1}))
+    envoy.connect()
+    stream = Stream(DataPlane("test"))
+    request = discovery_pb2.DeltaDiscoveryRequest(type_url=xds.RUNTIME, resource_names_subscribe=["shares"])
+    request.initial_resource_versions.update(envoy.has[xds.RUNTIME])
+    stream.on_request(request)
+    assert stream.responses(small({"a": 2})) == []
+    envoy.log.clear()
+    envoy.take(small({"a": 2}))
+    assert kinds(envoy)[-2:] == [xds.ROUTES, xds.RUNTIME]
+
+
+def test_a_new_envoy_gets_its_runtime_values_at_once_since_it_waits_for_them() -> None:
+    stream = Stream(DataPlane("test"))
+    stream.on_request(
+        discovery_pb2.DeltaDiscoveryRequest(type_url=xds.RUNTIME, resource_names_subscribe=["shares"])
+    )
+    assert [r.type_url for r in stream.responses(small({"a": 1}))] == [xds.RUNTIME]
+
+
+def test_an_envoy_without_runtime_values_is_noticed() -> None:
+    envoy = Envoy(tunable=False)
+    envoy.take(small({"a": 1}))
+    assert not envoy.plane.tunable
+    assert connected(small({"a": 1})).plane.tunable
+    refusing = Envoy()
+    refusing.refuses = {xds.RUNTIME}
+    refusing.take(small({"a": 1}))
+    assert not refusing.plane.tunable
+
+
+class Told:
+    """Hears of data planes what the control plane hears."""
+
+    def __init__(self) -> None:
+        self.all_tunable: list[bool] = []
+
+    def tunable(self, all_are: bool) -> None:
+        self.all_tunable.append(all_are)
+
+    def accepted(self, kind: str, version: str) -> None:
+        """Not looked at here."""
+
+
+async def test_the_control_plane_is_told_while_an_envoy_takes_no_runtime_values() -> None:
+    async def requests(*kinds: str) -> AsyncIterator[Any]:
+        for kind in kinds:
+            yield discovery_pb2.DeltaDiscoveryRequest(type_url=kind)
+
+    snapshots, heard = Snapshots(), Told()
+    await snapshots.publish(small({"a": 1}))
+    ads: Any = Ads(snapshots, heard)  # type: ignore[arg-type]
+    for kinds in ((xds.RUNTIME, xds.ROUTES), (xds.CLUSTER, xds.ROUTES)):
+        async for _ in ads.DeltaAggregatedResources(requests(*kinds), None):
+            pass
+    # In the end none is connected.
+    assert heard.all_tunable == [True, True, True, True, False, True]
 
 
 class Exchange(RuleBasedStateMachine):

@@ -174,6 +174,41 @@ def test_what_is_wrong_with_a_filter_leaves_the_last_good_one(monkeypatch: pytes
         Builder().build(state("a"), ENTRY)
 
 
+def alive(*addresses: str) -> View:
+    """A model on each address."""
+    models = [Model(f"m{n}", (version(f"m{n}"),), ((1, 100),)) for n in range(len(addresses))]
+    replicas = [
+        Replica(
+            f"r{n}", "inference", {"grpc": address, "oip": address}, (Hosted(VersionKey(f"m{n}", 1), READY),)
+        )
+        for n, address in enumerate(addresses)
+    ]
+    return view(replicas, models)
+
+
+def test_a_replica_that_moves_makes_nothing_of_the_others_anew() -> None:
+    builder = Builder()
+    before = builder.build(alive("10.0.0.1:1", "10.0.0.2:1"), ENTRY)
+    after = builder.build(alive("10.0.0.1:1", "10.0.0.3:1"), ENTRY)
+    assert after.found[xds.ROUTES]["public"] is before.found[xds.ROUTES]["public"]
+    for kind in (xds.CLUSTER, xds.ENDPOINTS):
+        anew = {n for n, made in after.found[kind].items() if made is not before.found[kind][n]}
+        assert anew == ({"tensor", "text/m1/1", "tensor/m1/1"} if kind == xds.ENDPOINTS else set())
+
+
+def test_endpoints_of_no_model_that_were_refused_are_told_until_they_change() -> None:
+    builder = Builder()
+    builder.build(alive("10.0.0.1:1"), ENTRY)
+    moved = builder.build(alive("10.0.0.2:1"), ENTRY)
+    builder.refused("ClusterLoadAssignment", moved.versions[xds.ENDPOINTS]["tensor"], "no such place")
+    for _ in range(3):
+        made = builder.build(alive("10.0.0.2:1"), ENTRY)
+        assert made.refused == {"ClusterLoadAssignment tensor": "no such place"}
+    again = builder.build(alive("10.0.0.3:1"), ENTRY)
+    assert not again.refused
+    assert again.version == snapshot(alive("10.0.0.3:1"), ENTRY).version
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "wrong"),
     [

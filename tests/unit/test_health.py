@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 from envoy.config.endpoint.v3 import endpoint_pb2
+from envoy.service.health.v3 import hds_pb2
 from google.protobuf.json_format import ParseDict
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.discovery import Replica
 from services.gateway.clusters import endpoints
+from services.gateway.hds import specifier
 from services.gateway.health import SILENCES, Findings, checks, unhealthy
 from services.gateway.locality import near
 from services.gateway.view import View, view
@@ -53,6 +56,15 @@ def test_every_replica_is_asked_once_however_many_models_it_has() -> None:
     made = checks(view(replicas, []))
     assert [len(c["locality_endpoints"][0]["endpoints"]) for c in made["cluster_health_checks"]] == [2, 2]
     assert checks(View((), ()))["cluster_health_checks"] == []
+
+
+@pytest.mark.parametrize("secured", [False, True])
+def test_what_envoys_are_told_is_what_has_to_be_asked(secured: bool) -> None:
+    """It is put together of addresses that are remembered."""
+    at = [{"grpc": f"10.0.0.{n}:1", "oip": f"[fe80::{n}]:2"} for n in (1, 2)]
+    body = checks(view([Replica(f"r{n}", "inference", e) for n, e in enumerate(at)], []), secured=secured)
+    assert specifier(body) == ParseDict(body, hds_pb2.HealthCheckSpecifier())
+    assert specifier(checks(View((), ()))) == ParseDict({"interval": "1s"}, hds_pb2.HealthCheckSpecifier())
 
 
 def test_a_silent_triton_takes_its_replica_with_it_and_a_silent_inference_what_it_serves() -> None:
