@@ -27,9 +27,7 @@ IDLE_POLL_S = 0.2  # how soon a sink that gave up is noticed while nothing is co
 GATHER_S, GATHER_MOST_S = 0.003, 0.025  # for company, where most of a step would be new: each, in all
 GATHER_TOKENS = 256  # of prompts; more are not computed in one step
 LONG_STEP_S = 0.1  # after which what a step kept out is waited for in any case
-PACE_S = (
-    0.016  # between messages that go on: tokens of shorter steps go together, but for the first and the last
-)
+PACE_S = 0.012  # between messages that go on: shorter steps go together, but for the first token and the end
 ALIVE_S = 2.0  # how often sinks hear that the engine works, even if it has no token for them
 REOPEN_S = (1.0, 30.0)  # between attempts to open a runtime again: at first, at most
 
