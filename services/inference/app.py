@@ -22,6 +22,7 @@ from services.core.telemetry import metering, tracing
 from services.inference.admission import Admission
 from services.inference.agent import Agent, Limits
 from services.inference.answers import Answers
+from services.inference.engines import Engines
 from services.inference.figures import UP, Figures
 from services.inference.generation import Generation
 from services.inference.placement import desired
@@ -120,10 +121,11 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         quarantine = Quarantine(cfg.model_repository.absolute().parent / "quarantine.json")
         if cfg.forget_quarantine:
             quarantine.forget_all()
+        repository = Repository(cfg.model_repository, parameters)
         agent = Agent(
             triton,
             store,
-            Repository(cfg.model_repository, parameters),
+            repository,
             Limits(
                 cfg.max_sequences, cfg.kv_cache_gib << 30, cfg.engine_timeout_s, cfg.vector_cache_mib << 20
             ),
@@ -136,8 +138,11 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         stack.push_async_callback(agent.close)
         follow = _follow(agent, models, replicas, registration, changed)
         stack.callback(store.close)  # or the process would wait for the thread that fetches
+        engines = Engines(triton, repository.secret, lambda: agent.served, figures)
         await stack.enter_async_context(
-            background(models.run(), replicas.run(), limiters.run(), access.run(), follow)
+            background(
+                models.run(), replicas.run(), limiters.run(), access.run(), follow, engines.run()
+            )
         )
 
         await stack.enter_async_context(usage.running())

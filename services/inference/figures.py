@@ -28,6 +28,11 @@ QUEUE_TIME = "lingqu.inference.queue.time"
 ADMITTED = "lingqu.inference.queue.admitted"
 QUEUE_SECONDS = "lingqu.inference.queue.seconds"
 RUNNING = "lingqu.inference.running"
+ENGINE_STEPS = "lingqu.inference.engine.steps"
+ENGINE_TOKENS = "lingqu.inference.engine.tokens"
+ENGINE_WASTED = "lingqu.inference.engine.wasted"
+ENGINE_SEQUENCES = "lingqu.inference.engine.sequences"
+ENGINE_CACHE = "lingqu.inference.engine.cache"
 CACHE_HITS = "lingqu.inference.cache.hits"
 CACHE_MISSES = "lingqu.inference.cache.misses"
 CACHE_JOINED = "lingqu.inference.cache.joined"
@@ -41,6 +46,9 @@ COUNTERS = {
     WASTED_TOKENS: ("{token}", "Of these, tokens of answers that nobody got, by what ended them"),
     ADMITTED: ("{request}", "Runs that got their slots"),
     QUEUE_SECONDS: ("s", "Time that admitted runs have waited, in all"),
+    ENGINE_STEPS: ("{step}", "Steps of the engine"),
+    ENGINE_TOKENS: ("{token}", "Tokens that the engine made; by its steps: how many a step"),
+    ENGINE_WASTED: ("{token}", "Of these, tokens of sequences that were cancelled or abandoned"),
     CACHE_HITS: ("{request}", "Requests answered from the cache"),
     CACHE_MISSES: ("{request}", "Requests that might have been in the cache and were computed"),
     CACHE_JOINED: ("{request}", "Requests that followed a run of somebody else"),
@@ -48,6 +56,8 @@ COUNTERS = {
 GAUGES = {
     QUEUE_LENGTH: ("{request}", "Runs that wait for slots"),
     RUNNING: ("{slot}", "Slots that are taken"),
+    ENGINE_SEQUENCES: ("{sequence}", "Sequences that the engine computes side by side"),
+    ENGINE_CACHE: ("1", "Share of the engine's KV cache that is taken, 0 to 1"),
     CACHE_BYTES: ("By", "Memory of the answers that are kept"),
     UP: ("1", "1 while the process lives, whatever it serves"),
 }

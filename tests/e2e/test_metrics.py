@@ -66,7 +66,14 @@ async def test_traffic_is_told_by_model_and_client(suite: Suite) -> None:
     def engines() -> bool:
         tokens = values(suite, "lingqu.inference.tokens.generated", "-a", "sum", "--by", "model")
         executed = values(suite, "triton", "--field", "executions", "-a", "sum", "--by", "model")
-        return tokens.get(TEXT_MODEL, 0) >= 7 and executed.get(VECTOR_MODEL, 0) >= 1
+        made = values(suite, "lingqu.inference.engine.tokens", "-a", "sum", "--by", "model")
+        cache = values(suite, "lingqu.inference.engine.cache", "-a", "max", "--by", "model")
+        return (
+            tokens.get(TEXT_MODEL, 0) >= 7
+            and made.get(TEXT_MODEL, 0) >= 7
+            and 0 < cache.get(TEXT_MODEL, 0) <= 1
+            and executed.get(VECTOR_MODEL, 0) >= 1
+        )
 
     await until(engines, "engines and Triton are measured", timeout_s=30, every_s=1)
 

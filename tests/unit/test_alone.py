@@ -72,6 +72,9 @@ class Runtime:
     def displaced(self) -> Sequence[tuple[int, Job]]:
         return ()
 
+    def cache(self) -> None:
+        pass
+
 
 class World:
     """What an engine does with the runtime, and a clock."""

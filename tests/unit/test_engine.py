@@ -75,6 +75,9 @@ class Pipeline:
         found, self.giving_up = self.giving_up, []
         return found
 
+    def cache(self) -> float:
+        return len(self.sequences) / 10
+
 
 class Sink:
     def __init__(self) -> None:
@@ -197,6 +200,7 @@ def test_when_nobody_reads_nothing_is_computed(engine: Engine, pipeline: Pipelin
     assert until(lambda: pipeline.sequences[0].cancelled)
     assert engine.counts.tokens <= 4
     assert engine.counts.sequences == 0
+    assert engine.counts.cache == 0.1
 
 
 def test_a_failed_step_ends_its_sequences_and_the_engine_goes_on(engine: Engine, pipeline: Pipeline) -> None:

@@ -62,6 +62,10 @@ class Alone:
         guest.cancel()
         return ((guest.number, guest.rest()),)
 
+    def cache(self) -> float | None:
+        """Of the one for all: a guest has a cache that grows."""
+        return self._shared.cache()
+
     def _present(self) -> _Guest | None:
         if self._guest is not None and self._guest.is_over():
             self._guest = None

@@ -126,13 +126,15 @@ class Sink(Protocol):
 @dataclass(slots=True)
 class Counts:
     """The engine's work so far; `sequences` are in progress now. `wasted` of the `tokens` were computed for
-    sequences that were cancelled or abandoned; `reopened` is how often the runtime had to be opened anew."""
+    sequences that were cancelled or abandoned; `reopened` is how often the runtime had to be opened anew.
+    `cache` is the share of the KV cache that was taken at the last step, 0 to 1; None where nobody knows."""
 
     sequences: int = 0
     steps: int = 0
     tokens: int = 0
     wasted: int = 0
     reopened: int = 0
+    cache: float | None = None
 
 
 class Handle(Protocol):
@@ -157,6 +159,10 @@ class Runtime(Protocol):
     def displaced(self) -> Sequence[tuple[int, Job]]:
         """Numbers of sequences that the runtime computes no further, and what is left of each: they are to be
         added again. Asked after each step, when all that was made has been read."""
+
+    def cache(self) -> float | None:
+        """The share of the KV cache that was taken at the last step, 0 to 1; None if it is not told. Asked
+        after each step."""
 
 
 class RuntimeBroken(Exception):
@@ -380,6 +386,7 @@ class Engine:
         self.counts.steps += 1
         self.counts.tokens += total
         self.counts.sequences = len(self._running)
+        self.counts.cache = self._runtime.cache()
         return is_news
 
     def _end(self, number: int, finish: Finish) -> None:

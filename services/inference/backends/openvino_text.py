@@ -65,6 +65,9 @@ class OpenVinoText:
     def displaced(self) -> Sequence[tuple[int, Job]]:
         return ()
 
+    def cache(self) -> float:
+        return float(self._pipeline.get_metrics().cache_usage) / 100
+
     def _begin(self) -> None:
         """Give the pipeline of what waits, in order, as much as a step computes."""
         room = STEP_TOKENS - sum(len(sequence.job.input_ids) for sequence in self._prompts)
@@ -113,6 +116,9 @@ class GuessingText:
 
     def displaced(self) -> Sequence[tuple[int, Job]]:
         return ()
+
+    def cache(self) -> None:
+        """It grows with what it holds."""
 
 
 class _Sequence:

@@ -114,6 +114,9 @@ class TensorRtPipeline:
     def displaced(self) -> Sequence[tuple[int, Job]]:
         return ()
 
+    def cache(self) -> None:
+        """The executor's own statistics have it; they come with a delay and only if they are asked for."""
+
     def add(self, number: int, job: Job) -> TensorRtHandle:
         """Raises ValueError for a job that the engine refuses."""
         parameters = self.parameters(job.sampling)
