@@ -43,6 +43,7 @@ bench-limits: install                        ## decisions, latency and exactness
 
 bench-metrics: install $(MODELS)             ## points a second, how long a dashboard waits, what requests pay
 	$(BIN)/python -m bench.stores $(ARGS)
+	$(BIN)/python -m bench.intake
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench metrics $(ARGS)
 

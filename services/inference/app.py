@@ -140,9 +140,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         stack.callback(store.close)  # or the process would wait for the thread that fetches
         engines = Engines(triton, repository.secret, lambda: agent.served, figures)
         await stack.enter_async_context(
-            background(
-                models.run(), replicas.run(), limiters.run(), access.run(), follow, engines.run()
-            )
+            background(models.run(), replicas.run(), limiters.run(), access.run(), follow, engines.run())
         )
 
         await stack.enter_async_context(usage.running())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.suite import Suite
+from pipeline.bundled import TEXT_MODEL, VECTOR_MODEL
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -29,6 +30,11 @@ def test_an_example_works(suite: Suite, number: int) -> None:
     done = run(suite, *EXAMPLES[number])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()
+    if (
+        "lingqu metrics query" in EXAMPLES[number][1]
+    ):  # after some traffic: the p95 of each model, and its rate
+        for model in (TEXT_MODEL, VECTOR_MODEL):
+            assert done.stdout.count(model) >= 2, done.stdout
 
 
 def test_there_are_examples_of_both_kinds() -> None:

@@ -489,6 +489,7 @@ def niceness(pid: int) -> set[int]:
 async def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
     layout = Layout(tmp_path, free_offset())
     part = metrics(layout, Options())
+    assert not part.needs  # or `lingqu up` would wait for it at the end
     process = await Running.start(part, layout.logs)
     acknowledged = 0
     try:
@@ -544,6 +545,47 @@ async def test_influxdb_in_place_of_duckdb(tmp_path: Path) -> None:
                 return sum(sample.value for s in answer.series for sample in s.samples) == 3
 
             await until(total, "both are in InfluxDB")
+
+
+async def test_two_collectors_before_one_influxdb(tmp_path: Path) -> None:
+    """What both get, since a sender asked the second for what the first did not answer in time, is kept once;
+    what one has acknowledged is there for who asks the other, also when InfluxDB was away."""
+    with influx(tmp_path / "influx") as server:
+        settings = []
+        for name in "ab":
+            layout = Layout(tmp_path / name, free_offset())
+            settings.append(
+                MetricsSettings(
+                    metrics_listen=layout.address(at.METRICS),
+                    metrics_http_listen=layout.address(at.METRICS_HTTP),
+                    metrics_store=server.url,
+                    metrics_folder=tmp_path / name,
+                    grace_s=0.5,
+                )
+            )
+        kind, now = metrics_service_pb2_grpc.MetricsServiceStub, time.time_ns()
+        twice = export(("m", 1), at_ns=now, temporality=DELTA)
+        async with (
+            service_running(settings[0]),
+            service_running(settings[1]),
+            stub(settings[0].metrics_listen, kind) as first,
+            stub(settings[1].metrics_listen, kind) as second,
+            stub(settings[0].metrics_listen, MetricsServiceStub) as one,
+            stub(settings[1].metrics_listen, MetricsServiceStub) as other,
+        ):
+            await asyncio.gather(first.Export(twice, timeout=10), second.Export(twice, timeout=10))
+            server.kill()
+            await first.Export(export(("m", 10), at_ns=now + 1), timeout=10)
+            await second.Export(export(("m", 100), at_ns=now + 2), timeout=10)
+            server.start()
+
+            async def both_know() -> bool:
+                answers = [await reader.Query(asked(), timeout=10) for reader in (one, other)]
+                return [[s.value for series in a.series for s in series.samples] for a in answers] == [
+                    [111]
+                ] * 2
+
+            await until(both_know, "all is there, once")
 
 
 async def test_wrong_settings_are_told_at_once(tmp_path: Path) -> None:

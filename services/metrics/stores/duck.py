@@ -25,6 +25,7 @@ from services.metrics.store import ROLL_UP_NS, PointsRefused
 MEMORY_LIMIT = "256MB"
 THREADS = 2
 KEPT_BATCHES = 1000  # names of batches that are recognised when they are written again
+FORGET_EVERY = 100  # batches
 
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS series (id INTEGER, measurement VARCHAR, labels VARCHAR)",
@@ -225,7 +226,8 @@ class DuckStore:
             _insert_all(cursor, "INSERT INTO fields SELECT unnest($1), unnest($2)", added)
             if batch:
                 cursor.execute("INSERT INTO batches VALUES ($1, $2)", batch)
-                cursor.execute("DELETE FROM batches WHERE number <= $1", (batch[0] - KEPT_BATCHES,))
+                if batch[0] % FORGET_EVERY == 0:
+                    cursor.execute("DELETE FROM batches WHERE number <= $1", (batch[0] - KEPT_BATCHES,))
             cursor.commit()
         except BaseException:
             cursor.rollback()
