@@ -14,10 +14,15 @@ from services.inference.triton import Triton, command_request
 from tests.waiting import until
 
 
+def session_secret(suite: Suite) -> str:
+    """What only inference knows."""
+    return (suite.layout.state / "triton" / "session.secret").read_text()
+
+
 async def engine_counts(suite: Suite) -> dict[str, int]:
     """What the text engine has done so far, asked of it in Triton."""
     engine = Triton(suite.triton)
-    secret = (suite.layout.state / "triton" / "session.secret").read_text()
+    secret = session_secret(suite)
 
     async def requests() -> AsyncIterator[Any]:
         yield command_request(

@@ -21,6 +21,7 @@ from services.core.discovery import VersionKey
 from services.core.errors import BackendUnavailable, InvalidInput, LingquError, QueueFull
 from services.inference.backends import wire
 from services.inference.backends.engine import Finish, Job, Sampling
+from services.inference.backends.line import Listener
 from services.inference.triton import Triton, command_request
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Session:
         self.last_heard = time.monotonic()
         self._why_lost = ""
         self._taken.set()
+        self._line = Listener(secret, self._on_rows, lambda: self.lose("its process ended"))
         self._reader = asyncio.create_task(self._read(), name=f"session {key}")
 
     @property
@@ -76,6 +78,7 @@ class Session:
         self._reader.cancel()
 
     async def close(self) -> None:
+        self._line.close()
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
 
@@ -146,7 +149,8 @@ class Session:
 
     async def _requests(self) -> AsyncGenerator[Any, None]:
         """One batch at a time: what comes while it is not taken goes with the next one."""
-        yield command_request(self._key, OPEN_ID, wire.dump(wire.Command("open", self._id, self._secret)))
+        begin = wire.Command("open", self._id, self._secret, line=self._line.address)
+        yield command_request(self._key, OPEN_ID, wire.dump(begin))
         while True:
             await self._more.wait()
             await self._taken.wait()
@@ -181,6 +185,7 @@ class Session:
             reason = f"Triton was lost ({err.code().name})"
             log.warning("session of %s: %s", self._key, reason)
         finally:
+            self._line.close()
             self.lost.set()
             reason = self._why_lost or reason
             for steps in self._waiting.values():
@@ -197,7 +202,7 @@ class Session:
                 log.error("session of %s refused: %s", self._key, error)
                 self._reader.cancel()
             elif response.raw_output_contents:
-                self._on_step(response)
+                self._on_rows(response.raw_output_contents[0])
         elif response.id == BATCH_ID:
             self._on_taken(response, error)
         elif (score := self._scores.get(int(response.id or 0))) is not None and not score.done():
@@ -218,8 +223,10 @@ class Session:
             if (steps := self._waiting.get(int(key))) is not None:
                 steps.put_nowait(LingquError(f"{self._key}: {why}"))
 
-    def _on_step(self, response: Any) -> None:
-        rows = np.frombuffer(response.raw_output_contents[0], np.int32).reshape(-1, wire.COLUMNS).tolist()
+    def _on_rows(self, packed: bytes) -> None:
+        """What one or more steps made, or nothing: the engine works."""
+        self.last_heard = time.monotonic()
+        rows = np.frombuffer(packed, np.int32).reshape(-1, wire.COLUMNS).tolist()
         tokens: dict[int, list[int]] = {}
         logprobs: dict[int, list[float]] = {}
         ended: dict[int, Finish] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,9 +21,13 @@ from bench.suite import Suite
 from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from pipeline.bundled import TEXT_MODEL, VECTOR_MODEL
+from services.core.discovery import VersionKey
 from services.gateway.keys import AUDIENCE, ISSUER, KeyRing
 from services.inference.artifact import Manifest
-from tests.engine import idle
+from services.inference.backends.engine import Sampling
+from services.inference.session import Session
+from services.inference.triton import Triton
+from tests.engine import idle, session_secret
 
 PROMPT = "The canal joined two rivers and"
 
@@ -53,6 +58,45 @@ async def test_greedy_text_is_the_engines_own(client: lingqu.Client, artifacts: 
         assert answer.usage.completion_tokens == len(golden.token_ids)
         assert answer.text
         assert answer.model_version == "1"
+
+
+class Counted:
+    """A call whose messages are counted."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self.cancel = call.cancel
+        self.messages = 0
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        async for message in self._call:
+            self.messages += 1
+            yield message
+
+
+@pytest.mark.parametrize("is_reached", [True, False], ids=["a line", "no line"])
+async def test_tokens_come_past_triton_or_where_that_cannot_be_through_it(
+    suite: Suite, artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch, is_reached: bool
+) -> None:
+    golden = Manifest.read(artifacts[TEXT_MODEL]).golden_texts[0]
+    triton, length = Triton(suite.triton), len(golden.token_ids)
+    calls: list[Counted] = []
+
+    def stream(requests: AsyncIterator[Any]) -> Counted:
+        calls.append(Counted(triton_stream(requests)))
+        return calls[0]
+
+    triton_stream = triton.stream
+    monkeypatch.setattr(triton, "stream", stream)
+    if not is_reached:  # as from another machine
+        monkeypatch.setattr(socket.socket, "listen", lambda *_: None)
+    session = Session(triton, VersionKey(TEXT_MODEL, 1), session_secret(suite), 8)
+    steps = [step async for step in session.generate(list(golden.prompt_ids), Sampling(length))]
+    await session.close()
+    await triton.close()
+    assert [token for step in steps for token in step.tokens] == list(golden.token_ids)
+    (call,) = calls
+    assert call.messages == 1 if is_reached else call.messages > 2, "the first takes the prompt"
 
 
 async def test_a_stream_adds_up_to_the_whole(client: lingqu.Client) -> None:

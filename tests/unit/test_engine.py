@@ -135,32 +135,6 @@ def test_tokens_come_step_by_step_until_the_length(engine: Engine, pipeline: Pip
     ]
 
 
-def test_tokens_of_short_steps_go_together_but_for_the_first_and_the_last(pipeline: Pipeline) -> None:
-    sink, sent = Sink(), queue.Queue[int]()
-    engine = Engine(lambda: pipeline, lambda text: None, lambda: sent.put(sink.events.qsize()))
-    engine.submit(job(7, 50), sink)
-    pipeline.steps.release(1)
-    assert sent.get(timeout=TIMEOUT_S) == 1, "the first is sent at once"
-    pipeline.steps.release(49)
-    sizes = [1]
-    while sizes[-1] < 50:
-        sizes.append(sent.get(timeout=TIMEOUT_S))
-    engine.close()
-    assert len(sizes) < 25, "steps of no time at all share messages"
-
-
-def test_tokens_of_long_steps_are_sent_as_they_come(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.inference.backends.engine.PACE_S", 0.0)
-    sink, sent = Sink(), queue.Queue[int]()
-    engine = Engine(lambda: pipeline, lambda text: None, lambda: sent.put(sink.events.qsize()))
-    engine.submit(job(7, 5), sink)
-    pipeline.steps.release(5)
-    assert [sent.get(timeout=TIMEOUT_S) for _ in range(5)] == [1, 2, 3, 4, 5]
-    engine.close()
-
-
 def test_what_the_runtime_gives_up_is_added_again(engine: Engine, pipeline: Pipeline) -> None:
     sink = Sink()
     engine.submit(job(7, 5), sink)

@@ -27,7 +27,6 @@ IDLE_POLL_S = 0.2  # how soon a sink that gave up is noticed while nothing is co
 GATHER_S, GATHER_MOST_S = 0.003, 0.025  # for company, where most of a step would be new: each, in all
 GATHER_TOKENS = 256  # of prompts; more are not computed in one step
 LONG_STEP_S = 0.1  # after which what a step kept out is waited for in any case
-PACE_S = 0.012  # between messages that go on: shorter steps go together, but for the first token and the end
 ALIVE_S = 2.0  # how often sinks hear that the engine works, even if it has no token for them
 REOPEN_S = (1.0, 30.0)  # between attempts to open a runtime again: at first, at most
 
@@ -117,7 +116,7 @@ class Sink(Protocol):
         a finish other than NONE."""
 
     def step_done(self, running: int) -> None:
-        """All of one step was emitted; `running` sequences go on. It is to be sent with the next flush."""
+        """All of one step was emitted; `running` sequences go on."""
 
     def alive(self) -> None:
         """The engine works, though it may have nothing to emit."""
@@ -179,7 +178,7 @@ class _Running:
 
 class Engine:
     """Owns the thread that steps the runtime. `open_runtime` makes one; its errors are the constructor's.
-    `flush` is called when sinks have been told of all of a step, or of several short ones (PACE_S)."""
+    `flush` is called when sinks have been told of all of a step."""
 
     def __init__(
         self,
@@ -197,7 +196,7 @@ class Engine:
         self._slices = Slices()
         self._slice: Handle | None = None  # the one that is being computed
         self._next_id = 1
-        self._alive_at = self._told_at = time.monotonic()
+        self._alive_at = time.monotonic()
         self._step_s = 0.0  # how long the last one took
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -244,16 +243,14 @@ class Engine:
             raise RuntimeBroken from err
         now = time.monotonic()
         self._step_s = now - begun
-        is_due = self._publish() or now - self._told_at >= PACE_S
+        self._publish()
         self._end_slice(now, self._step_s)
         self._move_displaced()
         if now - self._alive_at >= ALIVE_S:
-            self._alive_at, is_due = now, True
+            self._alive_at = now
             for sink in self._sinks():
                 sink.alive()
-        if is_due:
-            self._told_at = now
-            self._flush()
+        self._flush()
 
     def _take_commands(self) -> None:
         """All that wait; blocks a little while there is nothing to compute. What would be computed anew waits
@@ -358,9 +355,8 @@ class Engine:
     def _sinks(self) -> list[Sink]:
         return list({id(r.sink): r.sink for r in self._running.values()}.values())
 
-    def _publish(self) -> bool:
-        """Tell the sinks what was made. Returns whether a sequence began or ended."""
-        total, is_news = 0, False
+    def _publish(self) -> None:
+        total = 0
         touched: dict[int, Sink] = {}
         ended: list[int] = []
         for number, running in self._running.items():
@@ -369,7 +365,6 @@ class Engine:
             tokens, logprobs, finish = _read(running.handle)
             if not tokens and not finish:
                 continue
-            is_news |= not running.tokens or bool(finish)
             total += len(tokens)
             running.tokens += len(tokens)
             sink = running.sink
@@ -387,7 +382,6 @@ class Engine:
         self.counts.tokens += total
         self.counts.sequences = len(self._running)
         self.counts.cache = self._runtime.cache()
-        return is_news
 
     def _end(self, number: int, finish: Finish) -> None:
         running = self._running.pop(number)

@@ -16,7 +16,12 @@ HAND_OVER_S = 0.002
 
 
 class Postable(ABC):
-    """Somebody with messages. Both methods are called on the outbox's thread."""
+    """Somebody with messages. All but `hand_over` are called on the outbox's thread."""
+
+    def hand_over(self) -> bool:
+        """Send what there is without Triton, if that takes no time. Called on the engine's thread; False
+        leaves it to the outbox's."""
+        return False
 
     @abstractmethod
     def take(self) -> list[tuple[Any, int]]:
@@ -50,6 +55,9 @@ class Outbox:
     def flush(self) -> None:
         """Returns once sending has begun, or after HAND_OVER_S."""
         with self._lock:
+            for sender in list(self._waiting.values()):
+                if sender.hand_over():
+                    del self._waiting[id(sender)]
             if not self._waiting:
                 return
         self._begun.clear()

@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils
 
 from services.inference.backends import wire
 from services.inference.backends.engine import Finish
+from services.inference.backends.line import Line
 from services.inference.backends.outbox import Outbox, Postable
 from services.inference.backends.spans import EngineSpan, EngineSpans
 from services.inference.tokens import Detokenizer
@@ -55,11 +56,12 @@ class _Sink(Postable):
 
 
 class SessionSink(_Sink):
-    """All sequences of one inference process: one message a step."""
+    """All sequences of one inference process: one message a step, or one packet where there is a line."""
 
-    def __init__(self, sender: Any, outbox: Outbox, spans: EngineSpans) -> None:
+    def __init__(self, sender: Any, outbox: Outbox, spans: EngineSpans, line: Line | None = None) -> None:
         super().__init__(sender, outbox)
         self._spans = spans
+        self._line = line
         self._open: dict[int, EngineSpan] = {}
         self._rows: list[wire.Row] = []
 
@@ -80,11 +82,40 @@ class SessionSink(_Sink):
     def alive(self) -> None:
         self._outbox.add(self)  # an empty message, if there is nothing to say
 
+    def is_left(self) -> bool:
+        """Whether its inference process is known to be gone."""
+        return self.gone() or (self._line is not None and not self._line.is_open())
+
+    def hand_over(self) -> bool:
+        if self._line is None or self.gone():
+            return False
+        try:
+            return self._line.send(wire.packed(self._taken()))
+        except OSError:
+            self.failed()
+            return True
+
     def take(self) -> list[tuple[Any, int]]:
+        if self._line is not None:
+            return [(None, 0)]
+        step = np.array(self._taken(), dtype=np.int32).reshape(-1, wire.COLUMNS)
+        return [(pb_utils.InferenceResponse([pb_utils.Tensor(wire.STEP, step)]), 0)]
+
+    def send(self, response: Any, flags: int) -> None:
+        if self._line is None:
+            super().send(response, flags)
+        else:
+            self._line.finish()
+
+    def failed(self) -> None:
+        super().failed()
+        if self._line is not None:
+            self._line.close()
+
+    def _taken(self) -> list[wire.Row]:
         with self._lock:
             rows, self._rows = self._rows, []
-        step = np.array(rows, dtype=np.int32).reshape(-1, wire.COLUMNS)
-        return [(pb_utils.InferenceResponse([pb_utils.Tensor(wire.STEP, step)]), 0)]
+        return rows
 
 
 class RequestSink(_Sink):

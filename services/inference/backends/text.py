@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from services.inference.artifact import Manifest, TextSpec
 from services.inference.backends import wire
 from services.inference.backends.engine import Engine, Job, Sampling, Sink
+from services.inference.backends.line import Line
 from services.inference.backends.outbox import Outbox
 from services.inference.backends.score import Logprobs, Scorer
 from services.inference.backends.sinks import FINAL, RequestSink, SessionSink
@@ -78,14 +79,15 @@ class TritonPythonModel:
         if not hmac.compare_digest(command.secret.encode(errors="replace"), self._secret.encode()):
             raise ValueError('"session" is for the inference service: send "text_input"')
         if command.op == "open":
-            self._sessions = {name: sink for name, sink in self._sessions.items() if not sink.gone()}
-            self._sessions[command.session] = SessionSink(sender, self._outbox, self._spans)
+            self._sessions = {name: sink for name, sink in self._sessions.items() if not sink.is_left()}
+            sink = SessionSink(sender, self._outbox, self._spans, self._line(command.line))
+            self._sessions[command.session] = sink
             return
         if command.op == "stats":
             sender.send(_text_response(json.dumps(asdict(self._engine.counts))), flags=FINAL)
             return
-        sink = self._sessions.get(command.session)
-        if sink is None:
+        known = self._sessions.get(command.session)
+        if known is None:
             raise ValueError("no such session: open one first")
         if command.op == "score" and command.job is not None:
             self._score(command.job, sender)
@@ -93,12 +95,20 @@ class TritonPythonModel:
             errors: dict[int, str] = {}
             for part in command.parts:
                 try:
-                    self._obey(part, sink)
+                    self._obey(part, known)
                 except ValueError as err:  # the others are somebody else's
                     errors[part.key] = str(err)
             sender.send(_text_response(json.dumps(errors)), flags=FINAL)
         else:
             raise ValueError(f'unknown command "{command.op}"')
+
+    def _line(self, address: str) -> Line | None:
+        """To the inference process that asks; None if it cannot be reached that way."""
+        try:
+            return Line(address, self._secret) if address else None
+        except OSError as err:
+            pb_utils.Logger.log_warn(f"tokens take the way through Triton: {err}")
+            return None
 
     def _obey(self, command: wire.Command, sink: SessionSink) -> None:
         """Raises ValueError."""

@@ -5,7 +5,8 @@ message however many sequences it advanced. A request on that stream has one BYT
 holding JSON; `id` names the session, `secret` (left out below) proves that inference speaks: any client
 may send tensors to the model, but only inference may speak for many clients.
 
-    {"op": "open", "id": "…"}                      answered by `step` tensors until the stream ends
+    {"op": "open", "id": "…", "line": "…"}         answered by `step` tensors until the stream ends, or by
+                                                   their rows on the line, where it can be reached (line.py)
     {"op": "batch", "id": "…", "commands": […]}    answered once, by `text_output`: {"7": "its error"}, of
         {"op": "submit", "key": 7, "input_ids": […], "sampling": {…}, "traceparent": "00-…"}
         {"op": "cancel", "key": 7}
@@ -50,6 +51,11 @@ def rows(key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[flo
         yield key, NO_TOKEN, finish, 0
 
 
+def packed(rows: Sequence[Row]) -> bytes:
+    """As the tensor would have them."""
+    return struct.pack(f"<{COLUMNS * len(rows)}i", *(value for row in rows for value in row))
+
+
 def logprob(bits: int) -> float:
     """The number that `rows` has put into a row."""
     return float(_FLOAT.unpack(_INT.pack(bits))[0])
@@ -57,7 +63,8 @@ def logprob(bits: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One of the requests above; `job` is set for a submit and a score, `parts` for a batch."""
+    """One of the requests above; `job` is set for a submit and a score, `parts` for a batch,
+    `line` for an open."""
 
     op: str
     session: str
@@ -66,6 +73,7 @@ class Command:
     job: Job | None = None
     traceparent: str = ""
     parts: tuple[Command, ...] = ()
+    line: str = ""
 
 
 def dump(command: Command) -> bytes:
@@ -76,6 +84,8 @@ def dump(command: Command) -> bytes:
 
 def _body(command: Command) -> dict[str, Any]:
     body: dict[str, Any] = {"op": command.op, "key": command.key}
+    if command.line:
+        body["line"] = command.line
     if command.parts:
         body["commands"] = list(map(_body, command.parts))
     if command.job is not None:
@@ -106,7 +116,8 @@ def _command(body: dict[str, Any], session: str, secret: str, *, nested: bool) -
         job = Job(key, [int(i) for i in body["input_ids"]], sampling)
     elif op == "batch" and not nested:
         parts = tuple(_command(part, session, secret, nested=True) for part in body["commands"])
-    return Command(op, session, secret, key, job, str(body.get("traceparent", "")), parts)
+    traceparent, line = str(body.get("traceparent", "")), str(body.get("line", ""))
+    return Command(op, session, secret, key, job, traceparent, parts, line)
 
 
 def _sampling(body: dict[str, Any]) -> Sampling:
