@@ -19,8 +19,12 @@ import psutil
 from bench import contestants, tensor
 from bench.report import Target, ratio, row
 from bench.suite import Suite
-from services.core.access import Access, Client
+from deploy.local import layout as at
+from lingqu.registry.v1 import access_pb2, access_pb2_grpc
+from services.core import tls
+from services.core.access import Access, Client, Limits
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
+from services.core.lifecycle import CHANNEL_OPTIONS
 from services.gateway.listener import Entry
 from services.gateway.snapshot import Snapshot, snapshot
 from services.gateway.view import view
@@ -29,6 +33,7 @@ PASSES = 9
 REQUESTS = 20_000
 PORT = 8960
 CLIENTS = 100
+MANY = 1_000_000  # requests a second that a client may make
 CLUSTER = "tensor/echo/1"
 # Names of filters, in their order, behind which the profile looks.
 STEPS = (
@@ -44,7 +49,36 @@ STEPS = (
 async def measure(suite: Suite) -> list[Target]:
     """Prints what was measured and returns what had to be reached."""
     await suite.publish_echo()
+    await _admit(suite)
     return await asyncio.to_thread(_measure, suite)
+
+
+async def _admit(suite: Suite) -> None:
+    """The suite knows CLIENTS clients with allow-lists and limits, of which the caller is one."""
+    async with tls.channel(
+        suite.layout.address(at.REGISTRY), CHANNEL_OPTIONS, suite.layout.identity("cli")
+    ) as channel:
+        registry = access_pb2_grpc.AccessServiceStub(channel)
+        for client in _clients():
+            limits = access_pb2.Limits(
+                requests_per_second=client.limits.requests_per_second,
+                requests_per_minute=client.limits.requests_per_minute,
+                concurrent_requests=client.limits.concurrent_requests,
+                scope=access_pb2.Limits.SCOPE_LOCAL,
+            )
+            record = access_pb2.Client(name=client.name, models=client.models, limits=limits)
+            request = access_pb2.SetClientRequest(client=record)
+            await registry.SetClient(
+                request, timeout=10, metadata=(("authorization", f"Bearer {suite.key}"),)
+            )
+    await asyncio.sleep(1)  # until Envoy has them
+
+
+def _clients() -> tuple[Client, ...]:
+    """Limits that are never reached."""
+    limits = Limits(MANY, 60 * MANY, 1000, local=True)
+    names = ("dev", *(f"c{n}" for n in range(CLIENTS - 1)))
+    return tuple(Client(name, ("echo", "mock", "other-*"), limits) for name in names)
 
 
 def _measure(suite: Suite) -> list[Target]:
@@ -100,10 +134,9 @@ def policies(suite: Suite, *, rest: str = "", metrics: str = "", percent: int = 
     endpoints = {"http": rest} if rest else {"oip": suite.triton}
     replica = Replica("r", "inference", endpoints, (Hosted(version.key, READY),))
     models = [Model(name, (version,), ((1, 100),))]
-    known = tuple(Client(f"c{n}", (name, "other-*")) for n in range(CLIENTS))
     keys = json.loads(suite.layout.jwks.read_text())
     entry = Entry(suite.public, "127.0.0.1:1", keys, metrics=metrics, metrics_percent=percent)
-    return snapshot(view([replica], models, Access((*known, Client("dev", ("*",))))), entry)
+    return snapshot(view([replica], models, Access(_clients())), entry)
 
 
 class Load:

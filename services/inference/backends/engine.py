@@ -27,6 +27,7 @@ IDLE_POLL_S = 0.2  # how soon a sink that gave up is noticed while nothing is co
 GATHER_S, GATHER_MOST_S = 0.003, 0.025  # for company, where most of a step would be new: each, in all
 GATHER_TOKENS = 256  # of prompts; more are not computed in one step
 LONG_STEP_S = 0.1  # after which what a step kept out is waited for in any case
+LOOK_STEPS = 16  # between two looks at how full the KV cache is, while no sequence begins or ends
 ALIVE_S = 2.0  # how often sinks hear that the engine works, even if it has no token for them
 REOPEN_S = (1.0, 30.0)  # between attempts to open a runtime again: at first, at most
 
@@ -356,7 +357,7 @@ class Engine:
         return list({id(r.sink): r.sink for r in self._running.values()}.values())
 
     def _publish(self) -> None:
-        total = 0
+        total, is_news = 0, False
         touched: dict[int, Sink] = {}
         ended: list[int] = []
         for number, running in self._running.items():
@@ -365,6 +366,7 @@ class Engine:
             tokens, logprobs, finish = _read(running.handle)
             if not tokens and not finish:
                 continue
+            is_news |= not running.tokens or bool(finish)
             total += len(tokens)
             running.tokens += len(tokens)
             sink = running.sink
@@ -381,7 +383,8 @@ class Engine:
         self.counts.steps += 1
         self.counts.tokens += total
         self.counts.sequences = len(self._running)
-        self.counts.cache = self._runtime.cache()
+        if is_news or self.counts.steps % LOOK_STEPS == 0:
+            self.counts.cache = self._runtime.cache()
 
     def _end(self, number: int, finish: Finish) -> None:
         running = self._running.pop(number)
