@@ -6,7 +6,21 @@ import argparse
 import asyncio
 import sys
 
-from bench import control, gateway, held, metrics, peers, rest, startup, streams, suite, tensor, text, vectors
+from bench import (
+    capacity,
+    control,
+    gateway,
+    held,
+    metrics,
+    peers,
+    rest,
+    startup,
+    streams,
+    suite,
+    tensor,
+    text,
+    vectors,
+)
 from bench.report import Target
 
 OFFSET = 1000
@@ -18,6 +32,7 @@ MEASURES |= {
     "rest": rest.measure,
     "peers": peers.measure,
     "metrics": metrics.measure,
+    "capacity": capacity.measure,
 }
 
 

@@ -10,6 +10,7 @@ import typer
 import lingqu
 from lingqu.cli import (
     alerts,
+    capacity,
     clients,
     keys,
     limits,
@@ -78,6 +79,7 @@ app.command()(tasks.answer)
 app.command()(tasks.score)
 app.command()(tasks.tokenize)
 app.command()(suite.instances)
+app.command()(capacity.capacity)
 app.command()(routes.drain)
 for command in (
     releases.traffic,

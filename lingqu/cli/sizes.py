@@ -124,6 +124,27 @@ def _show(body: dict[str, Any], mib: Any) -> None:
         )
 
 
+def footprint(suite: Suite, name: str, version: int) -> tuple[int, int] | None:
+    """Bytes of a replica with a KV cache of the default size, and of a token in it (0 if it has none); None
+    if this machine has neither the artifact nor what reads it."""
+    try:
+        from services.inference import estimate
+        from services.inference.artifact import InvalidManifest, Manifest
+        from services.inference.weights import UnreadableWeights
+    except ImportError:
+        return None
+    folder = _place(suite, name, version)
+    if folder is None:
+        return None
+    try:
+        manifest = Manifest.read(folder)
+        found = estimate.of(folder, manifest, 0)
+    except (OSError, InvalidManifest, UnreadableWeights):
+        return None
+    cache = UNITS["GiB"] if manifest.text is not None else 0
+    return found.footprint.total + cache, found.kv.bytes_per_token if found.kv is not None else 0
+
+
 def _folder(suite: Suite, name: str, version: int) -> Path:
     """Of an artifact on this machine. Ends the command if there is none."""
     if (Path(name) / "manifest.json").is_file():
@@ -133,13 +154,24 @@ def _folder(suite: Suite, name: str, version: int) -> Path:
     record = next((v for v in model.versions if v.version == wanted), None)
     if record is None:
         fail(f'"{name}" has no version {wanted}')
-    places = [suite.state / "artifacts" / record.artifact.sha256]
-    if record.artifact.uri.startswith("file://"):
-        places.append(Path(record.artifact.uri.removeprefix("file://")))
-    place = next((p for p in places if (p / "manifest.json").is_file()), None)
+    place = _at(suite, record)
     if place is None:
         fail(f"{name} v{wanted} is at {record.artifact.uri}, not on this machine: name the folder of a copy")
     return place
+
+
+def _place(suite: Suite, name: str, version: int) -> Path | None:
+    model = read_model(suite, name)
+    record = next((v for v in model.versions if v.version == version), None)
+    return None if record is None else _at(suite, record)
+
+
+def _at(suite: Suite, record: Any) -> Path | None:
+    """Where this machine has the artifact of a version."""
+    places = [suite.state / "artifacts" / record.artifact.sha256]
+    if record.artifact.uri.startswith("file://"):
+        places.append(Path(record.artifact.uri.removeprefix("file://")))
+    return next((p for p in places if (p / "manifest.json").is_file()), None)
 
 
 def _lengths(context: int) -> list[int]:

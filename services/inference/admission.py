@@ -15,7 +15,15 @@ from services.core.discovery import VersionKey
 from services.core.errors import DeadlinePassed, QueueFull
 from services.inference.callers import Caller, Priority
 from services.inference.fairqueue import FairQueue, Ticket
-from services.inference.figures import QUEUE_LENGTH, RUNNING, Figures, Request, gauge_labels
+from services.inference.figures import (
+    QUEUE_LENGTH,
+    RUNNING,
+    WORK_SQUARED,
+    Figures,
+    Request,
+    gauge_labels,
+)
+from services.inference.occupancy import Occupancy
 
 LEAST_RETRY_S = 0.1
 MOST_RETRY_S = 30.0
@@ -28,6 +36,7 @@ class _Lane:
     """One version. `service_s` is how long slots were held lately, 0 before anything was measured."""
 
     line: FairQueue
+    occupancy: Occupancy
     turns: dict[Ticket, asyncio.Future[None]] = field(default_factory=dict)
     service_s: float = 0.0
 
@@ -36,9 +45,23 @@ class _Lane:
             turn = self.turns[ticket]
             if not turn.done():  # or its task was cancelled just now, and will leave
                 turn.set_result(None)
+        self.occupancy.hold(self.line.taken)
 
     def measured(self, held_s: float) -> None:
         self.service_s += (held_s - self.service_s) * (RECENT if self.service_s else 1.0)
+
+
+@dataclass(slots=True)
+class Hold:
+    """Slots that somebody holds, and what was done with them so far, in tokens."""
+
+    occupancy: Occupancy
+    tokens: int = 0
+
+    def work(self, tokens: int) -> None:
+        """So many more."""
+        self.tokens += tokens
+        self.occupancy.work(tokens)
 
 
 class Admission:
@@ -57,42 +80,46 @@ class Admission:
         """A request that takes one slot, counted by how it ends. The caller's deadline bounds the block, too.
         Raises QueueFull or DeadlinePassed."""
         with self._figures.request(key, caller) as request:
-            async with self.slot(key, caller):
+            async with self.slot(key, caller) as hold:
                 try:
                     async with asyncio.timeout(caller.remaining) as limit:
                         yield request
+                        hold.work(request.prompt_tokens)
                 except TimeoutError as err:
                     if not limit.expired():
                         raise
                     raise DeadlinePassed(f"the deadline passed before {key} had answered") from err
 
     @asynccontextmanager
-    async def slot(self, key: VersionKey, caller: Caller, n: int = 1) -> AsyncIterator[None]:
+    async def slot(self, key: VersionKey, caller: Caller, n: int = 1) -> AsyncIterator[Hold]:
         """`n` slots of a version for the block, or all it has if `n` is more; the caller's deadline bounds
         the waiting. Raises QueueFull, with when to try again, or DeadlinePassed."""
         if caller.remaining == 0:
             raise DeadlinePassed(f"the deadline had passed before {key} was asked")
-        async with self.held(key, Ticket(caller.client, caller.priority, n), caller.remaining):
-            yield
+        async with self.held(key, Ticket(caller.client, caller.priority, n), caller.remaining) as hold:
+            yield hold
 
     @asynccontextmanager
     async def held(
         self, key: VersionKey, ticket: Ticket, timeout: float | None = None
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Hold]:
         """The slots of a new ticket for the block. Raises QueueFull or DeadlinePassed."""
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _Lane(FairQueue(self._slots, self._queue))
+            occupancy = Occupancy(self._figures, key)
+            lane = self._lanes[key] = _Lane(FairQueue(self._slots, self._queue), occupancy)
         arrived = time.monotonic()
         turn = lane.turns[ticket] = asyncio.get_running_loop().create_future()
         try:
             await self._turn(key, lane, ticket, timeout)
             began = time.monotonic()
             self._figures.admitted(key, ticket.priority, began - arrived)
+            hold = Hold(lane.occupancy)
             try:
-                yield
+                yield hold
             finally:
                 lane.measured(time.monotonic() - began)
+                self._figures.add(WORK_SQUARED, key, hold.tokens**2)
         finally:
             if turn.done() and not turn.cancelled():
                 turn.exception()  # it may have been refused and cancelled at once
@@ -112,6 +139,11 @@ class Admission:
         """Whether anything of a version runs or waits."""
         lane = self._lanes.get(key)
         return lane is not None and not lane.line.idle
+
+    @property
+    def versions(self) -> list[VersionKey]:
+        """Those that were asked for."""
+        return list(self._lanes)
 
     def keep_only(self, versions: Collection[VersionKey]) -> None:
         """Forget all others that are idle."""

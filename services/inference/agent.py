@@ -299,14 +299,17 @@ class Agent:
         if (why := sizing.unfit(needed.footprint, self._available_bytes())) is not None:
             raise Refused(why)
 
-    async def _longest(self, folder: Path, manifest: Manifest) -> Callable[[int], str | None]:
-        """Why a sequence of so many tokens can never be computed here; None if it can."""
+    async def _longest(self, folder: Path, manifest: Manifest) -> tuple[Callable[[int], str | None], int]:
+        """Why a sequence of so many tokens can never be computed here, None if it can; and how many tokens
+        the cache has room for, 0 if that is not known."""
         cache = self._limits.kv_cache_bytes
         try:
             kv = (await asyncio.to_thread(estimate.of, folder, manifest, cache)).kv
         except UnreadableWeights:
             kv = None
-        return lambda tokens: None if kv is None else sizing.never_fits(tokens, kv, cache)
+        if kv is None:
+            return lambda tokens: None, 0
+        return lambda tokens: sizing.never_fits(tokens, kv, cache), kv.longest(cache)
 
     async def _triton_load(self, version: Version) -> None:
         """A Triton that was there and is gone after that was, as far as anybody can tell, ended by it."""
@@ -323,10 +326,10 @@ class Agent:
 
     async def _proven(self, key: VersionKey, folder: Path, manifest: Manifest) -> Served:
         if manifest.text is not None:
-            unfit = await self._longest(folder, manifest)
+            unfit, kv_tokens = await self._longest(folder, manifest)
             session = Session(self._triton, key, self._repository.secret, self._limits.max_sequences)
             try:
-                text = TextModel(key, manifest.text, folder, session, unfit)
+                text = TextModel(key, manifest.text, folder, session, unfit, kv_tokens)
             except BaseException:  # a tokenizer or a template that cannot be read
                 await session.close()
                 raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from services.core.settings import Address, Addresses, Labels, Settings, Trusted
 from services.core.tasks import background
 from services.core.telemetry import metering, tracing
 from services.inference.admission import Admission
-from services.inference.agent import Agent, Limits
+from services.inference.agent import Agent, Limits, TensorModel
 from services.inference.answers import Answers
 from services.inference.engines import Engines
-from services.inference.figures import UP, Figures
+from services.inference.figures import KV_TOKENS, SLOTS, UP, Figures, gauge_labels
 from services.inference.generation import Generation
 from services.inference.placement import desired
 from services.inference.quarantine import Quarantine
@@ -38,6 +38,7 @@ from services.inference.service import Inference
 from services.inference.store import Store
 from services.inference.tensorrt.builder import SubprocessBuilder
 from services.inference.tensorrt.plan import Plans
+from services.inference.text import TextModel
 from services.inference.triton import Triton
 from services.inference.usage import UsageReports
 
@@ -136,6 +137,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
             plans=Plans(cfg.artifacts.absolute().parent / "plans", SubprocessBuilder()),
         )
         stack.push_async_callback(agent.close)
+        _tell(figures, agent, min(cfg.slots, cfg.max_sequences))
         follow = _follow(agent, models, replicas, registration, changed)
         stack.callback(store.close)  # or the process would wait for the thread that fetches
         engines = Engines(triton, repository.secret, lambda: agent.served, figures)
@@ -165,6 +167,23 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         stack.push_async_callback(registration.withdraw)
         await stack.enter_async_context(background(registration.run()))
         yield
+
+
+def _tell(figures: Figures, agent: Agent, slots: int) -> None:
+    """What there is of versions that may be asked, asked yet or not."""
+
+    def slotted() -> Iterator[tuple[Mapping[str, str], float]]:
+        for key, model in list(agent.served.items()):
+            if not isinstance(model, TensorModel):  # Triton's own queue is in its place
+                yield gauge_labels(key), slots
+
+    def cached() -> Iterator[tuple[Mapping[str, str], float]]:
+        for key, model in list(agent.served.items()):
+            if isinstance(model, TextModel) and model.kv_tokens:
+                yield gauge_labels(key), model.kv_tokens
+
+    figures.gauge(SLOTS, slotted)
+    figures.gauge(KV_TOKENS, cached)
 
 
 async def _follow(

@@ -1,7 +1,7 @@
 """What the service has done and does now, as numbers: read here by tests and endpoints, and by OpenTelemetry.
 
-Their labels are model, version, priority and outcome, never a client or a request: the number of series is
-bounded by what one replica serves.
+Their labels are model, version, priority, outcome and level, never a client or a request: the number
+of series is bounded by what one replica serves.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ ENGINE_TOKENS = "lingqu.inference.engine.tokens"
 ENGINE_WASTED = "lingqu.inference.engine.wasted"
 ENGINE_SEQUENCES = "lingqu.inference.engine.sequences"
 ENGINE_CACHE = "lingqu.inference.engine.cache"
+SLOTS = "lingqu.inference.slots"
+TOKENS_IN_FLIGHT = "lingqu.inference.tokens.in_flight"
+KV_TOKENS = "lingqu.inference.kv.tokens"
+LEVEL_SECONDS = "lingqu.inference.level.seconds"
+LEVEL_SLOTS = "lingqu.inference.level.slots"
+LEVEL_WORK = "lingqu.inference.level.work"
+WORK_SQUARED = "lingqu.inference.work.squared"
 CACHE_HITS = "lingqu.inference.cache.hits"
 CACHE_MISSES = "lingqu.inference.cache.misses"
 CACHE_JOINED = "lingqu.inference.cache.joined"
@@ -49,6 +56,10 @@ COUNTERS = {
     ENGINE_STEPS: ("{step}", "Steps of the engine"),
     ENGINE_TOKENS: ("{token}", "Tokens that the engine made; by its steps: how many a step"),
     ENGINE_WASTED: ("{token}", "Of these, tokens of sequences that were cancelled or abandoned"),
+    LEVEL_SECONDS: ("s", "Time with so many slots held"),
+    LEVEL_SLOTS: ("s", "Of this time, the slots that were held, each for itself"),
+    LEVEL_WORK: ("{token}", "Tokens made meanwhile, or read by models that make none"),
+    WORK_SQUARED: ("{token}2", "Squares of the tokens of each run, for how unlike they are"),
     CACHE_HITS: ("{request}", "Requests answered from the cache"),
     CACHE_MISSES: ("{request}", "Requests that might have been in the cache and were computed"),
     CACHE_JOINED: ("{request}", "Requests that followed a run of somebody else"),
@@ -58,6 +69,9 @@ GAUGES = {
     RUNNING: ("{slot}", "Slots that are taken"),
     ENGINE_SEQUENCES: ("{sequence}", "Sequences that the engine computes side by side"),
     ENGINE_CACHE: ("1", "Share of the engine's KV cache that is taken, 0 to 1"),
+    SLOTS: ("{slot}", "Slots that there are"),
+    TOKENS_IN_FLIGHT: ("{token}", "Tokens of the sequences that are being generated, prompts included"),
+    KV_TOKENS: ("{token}", "Tokens that the KV cache has room for"),
     CACHE_BYTES: ("By", "Memory of the answers that are kept"),
     UP: ("1", "1 while the process lives, whatever it serves"),
 }
@@ -122,7 +136,7 @@ class Figures:
         )
 
     def add(self, name: str, key: VersionKey, value: float = 1, **labels: str) -> None:
-        """Count. Labels beside model and version are `priority` and `outcome` only."""
+        """Count. Labels beside model and version are `priority`, `outcome` and `level` only."""
         counters = self._counters.get(key)
         if counters is None:
             while len(self._counters) >= MAX_VERSIONS:

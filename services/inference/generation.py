@@ -4,6 +4,7 @@ and computed; until the caller's deadline; counted."""
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from services.inference.figures import (
     CACHE_MISSES,
     GENERATED_TOKENS,
     PROMPT_TOKENS,
+    TOKENS_IN_FLIGHT,
     WASTED_TOKENS,
     Figures,
+    gauge_labels,
 )
 from services.inference.runs import Run
 from services.inference.text import Delta, GenerateJob, Tally
@@ -69,6 +72,7 @@ class Generation:
         self._live: dict[Run, _Computation] = {}
         self._joinable: dict[AnswerKey, Run] = {}
         figures.gauge(CACHE_BYTES, self._cache_bytes)
+        figures.gauge(TOKENS_IN_FLIGHT, self._in_flight)
 
     async def generate(
         self, model: Generates, job: GenerateJob, caller: Caller
@@ -138,8 +142,12 @@ class Generation:
         self, model: Generates, job: GenerateJob, ticket: Ticket, tally: Tally
     ) -> AsyncGenerator[Delta, None]:
         # No deadline here: each caller's own ends its following, and the last one's leaving ends this.
-        async with self._admission.held(model.key, ticket), aclosing(model.generate(job, tally)) as deltas:
+        async with (
+            self._admission.held(model.key, ticket) as hold,
+            aclosing(model.generate(job, tally)) as deltas,
+        ):
             async for delta in deltas:
+                hold.work(tally.completion_tokens - hold.tokens)
                 yield delta
 
     def _ended(self, run: Run) -> None:
@@ -161,6 +169,14 @@ class Generation:
         self._figures.charge(known.ticket.client, known.version.model, known.tally.prompt_tokens + generated)
         if not run.delivered:
             self._figures.add(WASTED_TOKENS, known.version, generated, outcome=run.left_as)
+
+    def _in_flight(self) -> Iterator[tuple[Mapping[str, str], float]]:
+        tokens: Counter[VersionKey] = Counter(dict.fromkeys(self._admission.versions, 0))
+        for run, known in list(self._live.items()):
+            if not run.ended:
+                tokens[known.version] += known.tally.prompt_tokens + known.tally.completion_tokens
+        for key, number in tokens.items():
+            yield gauge_labels(key), number
 
     def _cache_bytes(self) -> Iterator[tuple[Mapping[str, str], float]]:
         yield {}, self._answers.bytes

@@ -105,9 +105,12 @@ class TextModel:
         folder: Path,
         session: Session,
         unfit: Callable[[int], str | None] = lambda tokens: None,
+        kv_tokens: int = 0,
     ) -> None:
-        """`unfit`: why so many tokens, prompt and answer, can never be computed here; None if they can."""
+        """`unfit`: why so many tokens, prompt and answer, can never be computed here; None if they can.
+        `kv_tokens`: how many the KV cache has room for, 0 if that is not known."""
         self.key = key
+        self.kv_tokens = kv_tokens
         self._unfit = unfit
         self.session = session
         self._spec = spec

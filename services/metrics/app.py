@@ -17,6 +17,7 @@ from opentelemetry.proto.collector.logs.v1 import logs_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from pydantic import AfterValidator, Field, SecretStr, field_validator
 
+from lingqu.metrics.keda.externalscaler_pb2_grpc import add_ExternalScalerServicer_to_server
 from lingqu.metrics.v1.metrics_pb2_grpc import add_MetricsServiceServicer_to_server
 from services.core.audit import audited
 from services.core.errors import LingquError
@@ -26,7 +27,7 @@ from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Addresses, Settings
 from services.core.tasks import background
 from services.inference.rest.server import serving_http
-from services.metrics import priority, receivers
+from services.metrics import priority, receivers, scaler
 from services.metrics.alerts.archive import Archive
 from services.metrics.alerts.book import Book
 from services.metrics.alerts.engine import Engine
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 SERVICES = (
     "lingqu.metrics.v1.MetricsService",
     receivers.METRICS,
+    scaler.SERVICE,
     "opentelemetry.proto.collector.trace.v1.TraceService",
     "opentelemetry.proto.collector.logs.v1.LogsService",
     "envoy.service.accesslog.v3.AccessLogService",
@@ -174,6 +176,7 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         stack.callback(service.close)
         add_MetricsServiceServicer_to_server(service, server)
         receivers.add_metrics(receivers.Metrics(intake), server)
+        add_ExternalScalerServicer_to_server(scaler.Scaler(kept, service.ask), server)
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receivers.Traces(intake), server)
         logs_service_pb2_grpc.add_LogsServiceServicer_to_server(receivers.Logs(intake), server)
         als_pb2_grpc.add_AccessLogServiceServicer_to_server(receivers.AccessLog(intake), server)

@@ -24,7 +24,7 @@ MAX_MEASUREMENTS = 500
 MAX_FIELDS = 128
 OVERFLOW: Labels = (("overflow", "true"),)
 
-_OF_INFERENCE = frozenset({"service", "instance", "model", "version", "priority", "outcome"})
+_OF_INFERENCE = frozenset({"service", "instance", "model", "version", "priority", "outcome", "level"})
 LABELS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "requests": frozenset({"client", "model", "version", "status", "api"}),

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from lingqu.metrics.v1 import capacity_pb2
 from lingqu.metrics.v1 import metrics_pb2 as pb
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceServicer
 from services.core.errors import QueueFull
@@ -17,6 +18,8 @@ from services.core.interceptors import Context
 from services.metrics import convert, tails
 from services.metrics.alerts.engine import Engine
 from services.metrics.alerts.service import AlertRpcs
+from services.metrics.capacity import advice, figures
+from services.metrics.capacity import convert as capacity
 from services.metrics.store import Store
 from services.metrics.tails import SlowTail, Tails
 
@@ -36,11 +39,11 @@ class Metrics(AlertRpcs, MetricsServiceServicer):
 
     async def Query(self, request: pb.QueryRequest, context: Context) -> pb.QueryResponse:
         query = convert.to_query(request, time.time_ns())
-        return convert.to_query_response(await self._ask(lambda: self._store.query(query)))
+        return convert.to_query_response(await self.ask(lambda: self._store.query(query)))
 
     async def ListSeries(self, request: pb.ListSeriesRequest, context: Context) -> pb.ListSeriesResponse:
         measurement, limit = convert.to_measurement(request), convert.to_limit(request)
-        found = await self._ask(lambda: self._store.series(measurement, limit + 1))
+        found = await self.ask(lambda: self._store.series(measurement, limit + 1))
         return convert.to_list_response(found, limit)
 
     async def Tail(self, request: pb.TailRequest, context: Any) -> AsyncIterator[pb.TailResponse]:
@@ -55,7 +58,19 @@ class Metrics(AlertRpcs, MetricsServiceServicer):
         return
         yield  # a handler that writes to its context by itself still has to be a generator
 
-    async def _ask(self, question: Callable[[], T]) -> T:
+    async def GetCapacity(
+        self, request: capacity_pb2.GetCapacityRequest, context: Context
+    ) -> capacity_pb2.GetCapacityResponse:
+        asked, window_s = capacity.to_asked(request), capacity.to_window(request)
+
+        def found() -> capacity_pb2.GetCapacityResponse:
+            known = figures.measured(self._store, request.model, request.version, window_s, time.time_ns())
+            return capacity.to_response(known, advice.advise(known, asked))
+
+        return await self.ask(found)
+
+    async def ask(self, question: Callable[[], T]) -> T:
+        """In a thread of its own. Raises QueueFull."""
         if self._asked >= MAX_WAITING:
             raise QueueFull(f"{MAX_WAITING} questions wait already; ask again later")
         self._asked += 1

@@ -1,0 +1,1 @@
+"""How much a model can take: what was measured of it, a queueing model, and what follows."""
