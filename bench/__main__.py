@@ -21,7 +21,7 @@ from bench import (
     text,
     vectors,
 )
-from bench.report import Target
+from bench.report import Target, judged
 
 OFFSET = 1000
 # With parts of their own, not on a running suite.
@@ -45,10 +45,7 @@ async def main(names: list[str]) -> int:
         async with suite.running(OFFSET) as running:
             for measure in measures.values():
                 targets += await measure(running)
-    print("\ntargets")
-    for target in targets:
-        print(target.line())
-    return 0 if all(target.met for target in targets) else 1
+    return judged(targets)
 
 
 if __name__ == "__main__":

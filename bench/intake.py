@@ -21,7 +21,7 @@ import psutil
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 
 from bench import contestants
-from bench.report import Target, row
+from bench.report import Target, judged, row
 from deploy.local import layout as at
 from deploy.local.layout import Layout
 from deploy.local.part import Running
@@ -123,10 +123,7 @@ def main() -> int:
         targets.append(Target(f"OTLP into {kind}, points/s", rate, 50_000, unit="/s"))
         peak = max(run["peak"] for run in runs)
         targets.append(Target(f"OTLP into {kind}, memory", peak, MAX_MIB, False, "MiB"))
-    print("\ntargets")
-    for target in targets:
-        print(target.line())
-    return 0 if all(target.met for target in targets) else 1
+    return judged(targets)
 
 
 if __name__ == "__main__":

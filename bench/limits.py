@@ -26,7 +26,7 @@ from envoy.service.ratelimit.v3 import rls_pb2
 
 from bench.fleet import MODEL, Caller, Fleet, Gateway, fleet
 from bench.limit_load import Load, trouble
-from bench.report import Target, row
+from bench.report import Target, judged, row
 from services.gateway.limits.rules import shard_of
 
 OFFSET = 1600
@@ -181,10 +181,7 @@ MEASURES: dict[str, Callable[[], Awaitable[list[Target]]]] = {
 
 async def main(names: list[str]) -> int:
     targets = [target for name in names for target in await MEASURES[name]()]
-    print("\ntargets")
-    for target in targets:
-        print(target.line())
-    return 0 if all(target.met for target in targets) else 1
+    return judged(targets)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import grpc
 from etcd3aio import _protobuf as etcd_pb
 
 from bench.registry_parts import Child, etcd_child, registry_child
-from bench.report import Target, row
+from bench.report import Target, judged, row
 from deploy.local import layout as at
 from deploy.local.layout import Layout
 from lingqu.registry.v1 import instances_pb2 as pb
@@ -265,10 +265,7 @@ async def main(names: list[str], quick: bool) -> int:
     targets: list[Target] = []
     for name in names:
         targets += await ALL[name](quick)
-    print("\ntargets")
-    for target in targets:
-        print(target.line())
-    return 0 if all(target.met for target in targets) else 1
+    return judged(targets)
 
 
 if __name__ == "__main__":

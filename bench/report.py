@@ -27,6 +27,14 @@ class Target:
         return f"  {self.name:<58} {self.value:7.2f} {self.unit:<3} {sign} {self.bound:g}  {verdict}"
 
 
+def judged(targets: Sequence[Target]) -> int:
+    """Prints them; what the program is to end with: 1 if one is missed."""
+    print("\ntargets")
+    for target in targets:
+        print(target.line())
+    return 0 if all(target.met for target in targets) else 1
+
+
 def row(name: str, values: Sequence[float], unit: str) -> str:
     """One line of a table: the median and the range of all passes."""
     middle = statistics.median(values)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.report import Target, row
+from bench.report import Target, judged, row
 from services.metrics.points import Point, labels
 from services.metrics.queries import Aggregate, Query
 from services.metrics.store import Store
@@ -160,10 +160,7 @@ def main() -> int:
     targets = measure(
         QUICK_POINTS if quick else POINTS, QUICK_QUERIES if quick else QUERIES, 1 if quick else PASSES
     )
-    print("\ntargets")
-    for target in targets:
-        print(target.line())
-    return 0 if all(target.met for target in targets) else 1
+    return judged(targets)
 
 
 if __name__ == "__main__":

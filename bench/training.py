@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from bench.report import Target, ratio, row
+from bench.report import Target, judged, ratio, row
 from pipeline.distributions import distribution, layers
 from pipeline.figures import TrainingFigures
 
@@ -72,10 +72,7 @@ def main() -> int:
         Target("with ÷ without figures, processor time", ratio(used["with"], used["without"]), 1.02, False),
         Target("a look, of the 30 s between two", statistics.median(looks) / 300, 2.0, False, "%"),
     ]
-    print("\ntargets")
-    for target in targets:
-        print(target.line())
-    return 0 if all(target.met for target in targets) else 1
+    return judged(targets)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pipeline.openvino_model import (
 )
 from pipeline.package import About, Package, ParityError, Precision, digests, seal, staging_folder
 from services.inference.artifact import GoldenText, Manifest, Requirements, TextSpec
-from services.inference.backends.engine import Job, Runtime, Sampling
+from services.inference.backends.jobs import Job, Runtime, Sampling
 from services.inference.backends.openvino_text import GuessingText, OpenVinoText
 from services.inference.requirements import same_minor
 

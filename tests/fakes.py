@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from services.core.discovery import VersionKey
-from services.inference.backends.engine import Finish
+from services.inference.backends.jobs import Finish
 from services.inference.text import Delta, GenerateJob, Tally, TextModel
 
 PROMPT_TOKENS = 3

@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 
 from services.core.discovery import Model, Version, VersionKey
 from services.inference.agent import TensorModel
-from services.inference.backends.engine import Finish
+from services.inference.backends.jobs import Finish
 from services.inference.callers import Caller
 from services.inference.rest.app import rest_app
 from services.inference.rest.permits import Permits, everything

@@ -11,7 +11,7 @@ import typer
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from lingqu.cli.arguments import duration
+from lingqu.cli.arguments import Aggregate, duration
 from lingqu.cli.connection import METRICS_PORT, Suite, err, fail, out, run
 from lingqu.cli.output import Format, Output, as_json, table, when
 from lingqu.metrics.v1 import alerts_pb2, metrics_pb2
@@ -26,7 +26,6 @@ app.add_typer(rules, name="rules")
 TIMEOUT_S = 30.0
 
 Name = Annotated[str, typer.Argument(help="As `lingqu alerts rules list` names it.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON, for programs; as --output json.")]
 
 
 class Severity(enum.StrEnum):
@@ -35,23 +34,11 @@ class Severity(enum.StrEnum):
     CRITICAL = "critical"
 
 
-class Aggregate(enum.StrEnum):
-    """What becomes of the values in the window."""
-
-    MEAN = "mean"
-    SUM = "sum"
-    MIN = "min"
-    MAX = "max"
-    COUNT = "count"
-    LAST = "last"
-    RATE = "rate"
-
-
 @app.callback()
-def firing(context: typer.Context, json: Json = False) -> None:
+def firing(context: typer.Context, output: Output = Format.table) -> None:
     """What is wrong: alerts, their rules, and silences. Without a command: what fires."""
     if context.invoked_subcommand is None:
-        _list(context.obj, False, "", Format.json if json else Format.table)
+        _list(context.obj, False, "", output)
 
 
 @app.command("list")
@@ -62,17 +49,16 @@ def list_(
     ] = False,
     rule: Annotated[str, typer.Option(help="Only of this rule.")] = "",
     output: Output = Format.table,
-    json: Json = False,
 ) -> None:
     """Alerts that fire; the worst first."""
-    _list(context.obj, everything, rule, Format.json if json else output)
+    _list(context.obj, everything, rule, output)
 
 
 @rules.command("list")
-def rules_list(context: typer.Context, output: Output = Format.table, json: Json = False) -> None:
+def rules_list(context: typer.Context, output: Output = Format.table) -> None:
     """All rules, and whether their answer is known."""
     answer = _call(context.obj, lambda stub: stub.ListAlertRules, metrics_pb2.ListAlertRulesRequest())
-    if json or output == Format.json:
+    if output == Format.json:
         as_json(answer.rules)
         return
     rows = [
@@ -245,10 +231,10 @@ def unsilence(
 
 
 @app.command()
-def silences(context: typer.Context, output: Output = Format.table, json: Json = False) -> None:
+def silences(context: typer.Context, output: Output = Format.table) -> None:
     """Silences that have not ended."""
     answer = _call(context.obj, lambda stub: stub.ListSilences, alerts_pb2.ListSilencesRequest())
-    if json or output == Format.json:
+    if output == Format.json:
         as_json(answer.silences)
         return
     rows = [

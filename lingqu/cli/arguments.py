@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import enum
 import re
 
 from google.protobuf.duration_pb2 import Duration
+
+
+class Aggregate(enum.StrEnum):
+    """What becomes of the values in a window."""
+
+    MEAN = "mean"
+    SUM = "sum"
+    MIN = "min"
+    MAX = "max"
+    COUNT = "count"
+    LAST = "last"
+    RATE = "rate"
+
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from lingqu.cli.arguments import duration
 from lingqu.cli.connection import METRICS_PORT, Suite, out, run
-from lingqu.cli.output import as_json, table
+from lingqu.cli.output import Format, Output, as_json, table
 from lingqu.cli.sizes import footprint
 from lingqu.metrics.v1 import capacity_pb2 as pb
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
@@ -44,7 +44,7 @@ def capacity(
         int, typer.Option(help="How many there would be; default: as there are.", min=0, max=1000)
     ] = 0,
     window: Annotated[str, typer.Option(help="Learn from so long until now: 5m, 1h, 2d.")] = "1h",
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    output: Output = Format.table,
 ) -> None:
     """How busy a model is, how long requests will take at a load, and how many replicas it needs.
 
@@ -71,7 +71,7 @@ def capacity(
             return await MetricsServiceStub(channel).GetCapacity(request, timeout=30)
 
     answer = run(work(context.obj))
-    if json:
+    if output == Format.json:
         as_json(answer)
     else:
         _print(answer, model, bool(request.objectives), footprint(context.obj, model, answer.version))
@@ -82,7 +82,7 @@ def _print(answer: Any, model: str, objectives: bool, memory: tuple[int, int] | 
     used, sequence = answer.utilization, answer.tokens + answer.prompt_tokens
     needed = answer.replicas_needed
     rows = [
-        ("load", f"{answer.rps:.4g} requests/s on {answer.replicas} replicas"),
+        ("load", f"{answer.rps:.4g} requests/s on {_replicas(answer.replicas)}"),
         ("utilisation", f"{used:.0%}" + (" (overload)" if used >= 1 else "")),
         ("can do", f"{answer.max_rps:.4g} requests/s"),
     ]
@@ -103,12 +103,12 @@ def _print(answer: Any, model: str, objectives: bool, memory: tuple[int, int] | 
                 "memory",
                 f"{_mib(replica)} a replica (estimated)"
                 + (f", {_mib(int(kv))} of KV cache in use at {answer.concurrency} sequences" if kv else "")
-                + (f"; {_mib(replica * needed)} for {needed} replicas" if needed else ""),
+                + (f"; {_mib(replica * needed)} for {_replicas(needed)}" if needed else ""),
             )
         )
     rows += [
         ("learnt from", f"{answer.requests} requests of v{answer.version}, {sequence:.0f} tokens each"),
-        ("measured", f"{answer.measured_rps:.4g} requests/s, {answer.peak_rps:.4g} in the busiest minute"),
+        ("measured", f"{answer.measured_rps:.4g} requests/s; {answer.peak_rps:.4g} in the busiest minute"),
     ]
     if answer.HasField("measured_latency"):
         rows.append(("… latency", _latencies(answer, "measured_latency")))
@@ -138,6 +138,10 @@ def _latency(option: str, text: str) -> Duration:
         raise typer.BadParameter(f'"{text}" is not like 800ms or 2s', param_hint=option)
     nanos = round(float(found[1]) * (1_000_000 if found[2] == "ms" else 1_000_000_000))
     return Duration(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)
+
+
+def _replicas(number: int) -> str:
+    return "1 replica" if number == 1 else f"{number} replicas"
 
 
 def _mib(size: int) -> str:

@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.markup import escape
 
-from lingqu.cli.arguments import duration
+from lingqu.cli.arguments import Aggregate, duration
 from lingqu.cli.connection import METRICS_PORT, Suite, err, out, run
 from lingqu.cli.output import plain, print_json, table
 from lingqu.metrics.v1 import metrics_pb2 as pb
@@ -35,18 +35,6 @@ class As(enum.StrEnum):
     csv = "csv"
 
 
-class By(enum.StrEnum):
-    """What becomes of the values in a window."""
-
-    MEAN = "mean"
-    SUM = "sum"
-    MIN = "min"
-    MAX = "max"
-    COUNT = "count"
-    LAST = "last"
-    RATE = "rate"
-
-
 Where = Annotated[
     list[str] | None,
     typer.Option("--where", help="LABEL=VALUE[,VALUE…]: only series with it; may be repeated."),
@@ -59,7 +47,9 @@ def query(
     context: typer.Context,
     measurement: Annotated[str, typer.Argument(help="As `lingqu metrics list` names it.")],
     field: Annotated[str, typer.Option(help="Field of the measurement.")] = "value",
-    aggregate: Annotated[By, typer.Option("--aggregate", "-a", help="Of the values.")] = By.MEAN,
+    aggregate: Annotated[
+        Aggregate, typer.Option("--aggregate", "-a", help="Of the values.")
+    ] = Aggregate.MEAN,
     percentile: Annotated[
         float | None, typer.Option(help="A percentile in place of an aggregate, above 0, at most 100.")
     ] = None,

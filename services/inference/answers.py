@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from services.core.discovery import VersionKey
-from services.inference.backends.engine import Finish
+from services.inference.backends.jobs import Finish
 from services.inference.text import Delta, GenerateJob
 
 LARGEST = 16  # an answer takes at most this part of the memory

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from enum import Enum, auto
 
-from services.inference.backends.engine import Grammar, GrammarKind
+from services.inference.backends.jobs import Grammar, GrammarKind
 from services.inference.chat import Call, Tool
 from services.inference.stops import overlap
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from lingqu.inference.v1 import inference_pb2 as pb
 from services.core.errors import InvalidInput, Unsupported
-from services.inference.backends.engine import (
+from services.inference.backends.jobs import (
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,

@@ -29,11 +29,10 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 5.0
 TIMEOUT_S = 3.0
-BYTES_PREFIX = 4  # of a string in a BYTES tensor: its length
 _COUNTED = {"steps": ENGINE_STEPS, "tokens": ENGINE_TOKENS, "wasted": ENGINE_WASTED}
 
 Said = Mapping[str, float | None]
-"""engine.Counts, by the names of its fields."""
+"""jobs.Counts, by the names of its fields."""
 
 
 class Engines:
@@ -76,7 +75,7 @@ class Engines:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 async for answer in call:
-                    said: Said = json.loads(answer.infer_response.raw_output_contents[0][BYTES_PREFIX:])
+                    said: Said = json.loads(answer.infer_response.raw_output_contents[0][wire.BYTES_PREFIX :])
                     return said
         except (TimeoutError, grpc.aio.AioRpcError, ValueError, IndexError) as err:
             log.debug("the engine of %s does not tell: %r", key, err)

@@ -8,7 +8,7 @@ import numpy as np
 
 from services.inference import latency
 from services.inference.artifact import GoldenText, LatencyBudget, Manifest
-from services.inference.backends.engine import Sampling
+from services.inference.backends.jobs import Sampling
 from services.inference.classifier import ClassifierModel
 from services.inference.questions import AnswerModel, Question
 from services.inference.text import TextModel

@@ -17,7 +17,7 @@ import numpy as np
 import openvino
 import openvino_genai as og
 
-from services.inference.backends.engine import Grammar, GrammarKind, Sampling
+from services.inference.backends.jobs import Grammar, GrammarKind, Sampling
 from services.inference.backends.openvino_text import generation_config
 
 TOKENS = 16  # tried: a grammar that has no way on is found when it is followed

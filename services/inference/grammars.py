@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.errors import BackendUnavailable, InvalidInput, QueueFull
-from services.inference.backends.engine import Grammar
+from services.inference.backends.jobs import Grammar
 
 TRY_S = 2.0  # the engine compiles it once more, and all streams wait for that
 START_S = 60.0

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from services.inference.artifact import GoldenText, LatencyBudget
-from services.inference.backends.engine import Sampling
+from services.inference.backends.jobs import Sampling
 from services.inference.text import TextModel
 
 TRIES = 5  # the best counts: what else the machine does must not decide

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from services.core.discovery import VersionKey
 from services.core.errors import BackendUnavailable, InvalidInput, LingquError, QueueFull
 from services.inference.backends import wire
-from services.inference.backends.engine import Finish, Job, Sampling
+from services.inference.backends.jobs import Finish, Job, Sampling
 from services.inference.backends.line import Listener
 from services.inference.triton import Triton, command_request
 
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 OPEN_ID, BATCH_ID = "open", "batch"
 MAX_BATCH = 256  # commands in a message
 MAX_BATCH_TOKENS = 100_000  # of prompts in a message, after which no more are put into it
-BYTES_PREFIX = 4  # of a string in a BYTES tensor: its length
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +217,7 @@ class Session:
         if error:
             errors = {str(command.key): error for command in sent}
         else:
-            errors = json.loads(response.raw_output_contents[0][BYTES_PREFIX:])
+            errors = json.loads(response.raw_output_contents[0][wire.BYTES_PREFIX :])
         for key, why in errors.items():
             if (steps := self._waiting.get(int(key))) is not None:
                 steps.put_nowait(LingquError(f"{self._key}: {why}"))

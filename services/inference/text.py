@@ -14,7 +14,7 @@ from services.core.discovery import VersionKey
 from services.core.errors import InvalidInput, Unsupported
 from services.core.telemetry import current_traceparent
 from services.inference.artifact import TextSpec
-from services.inference.backends.engine import Finish, Grammar, Sampling
+from services.inference.backends.jobs import Finish, Grammar, Sampling
 from services.inference.chat import ChatTemplate, Tool, Turn
 from services.inference.grammars import Grammars
 from services.inference.session import Session, Step

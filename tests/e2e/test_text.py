@@ -24,7 +24,7 @@ from pipeline.bundled import TEXT_MODEL, VECTOR_MODEL
 from services.core.discovery import VersionKey
 from services.gateway.keys import AUDIENCE, ISSUER, KeyRing
 from services.inference.artifact import Manifest
-from services.inference.backends.engine import Sampling
+from services.inference.backends.jobs import Sampling
 from services.inference.session import Session
 from services.inference.triton import Triton
 from tests.engine import idle, session_secret

@@ -351,7 +351,7 @@ async def test_rules_of_ours_are_disabled_and_replaced_but_not_changed(tmp_path:
         assert (await made.rule("queue-growing")).rule.threshold.value == 7
         assert (await made.cli("rules", "delete", "queue-growing"))[0] == 0
         assert (await made.rule("queue-growing")).rule.default_rule
-        listed = json.loads((await made.cli("rules", "list", "--json"))[1])
+        listed = json.loads((await made.cli("rules", "list", "--output", "json"))[1])
         assert {"error-budget-fast", "replica-down", "queue-growing"} <= {
             entry["rule"]["name"] for entry in listed
         }
@@ -402,7 +402,7 @@ async def test_only_admins_write_where_callers_are_known(tmp_path: Path, receive
         code, said = await made.cli("silence", "room=x", "--reason", "why")
         assert code == 1
         assert "admin key" in said
-        assert (await made.cli("list", "--json")) == (0, "[]\n")
+        assert (await made.cli("list", "--output", "json")) == (0, "[]\n")
         (tmp_path / "dev.key").write_text(ring.mint("root", 60, admin=True).key)
         assert (await made.cli("silence", "room=x", "--reason", "why"))[0] == 0
         assert "root" in (await made.cli("silences"))[1]

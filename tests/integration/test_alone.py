@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from pipeline.bundled import TEXT_MODEL
 from services.inference.artifact import Manifest
 from services.inference.backends.alone import Alone
-from services.inference.backends.engine import Handle, Job, Sampling
+from services.inference.backends.jobs import Handle, Job, Sampling
 from services.inference.backends.openvino_text import GuessingText, OpenVinoText
 
 

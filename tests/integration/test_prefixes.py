@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from pipeline.bundled import TEXT_MODEL
 from services.inference.artifact import Manifest
-from services.inference.backends.engine import Handle, Job, Sampling
+from services.inference.backends.jobs import Handle, Job, Sampling
 from services.inference.backends.openvino_text import OpenVinoText
 
 STARTS = range(100, 900, 25)

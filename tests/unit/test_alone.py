@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.inference.backends.alone import MOST_TOKENS, PROMPT_TOKENS, QUIET_S, Alone, suits
-from services.inference.backends.engine import Grammar, GrammarKind, Job, Sampling
+from services.inference.backends.jobs import Grammar, GrammarKind, Job, Sampling
 
 
 def token_after(ids: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from services.core.discovery import VersionKey
 from services.inference.answers import ENTRY_BYTES, LARGEST, AnswerKey, Answers, answer_key, complete, merged
-from services.inference.backends.engine import Finish, Grammar, GrammarKind
+from services.inference.backends.jobs import Finish, Grammar, GrammarKind
 from services.inference.chat import Call, Tool, Turn
 from services.inference.text import Delta, GenerateJob, Logprob
 

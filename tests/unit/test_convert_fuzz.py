@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lingqu.inference.v1 import inference_pb2 as pb
 from services.core.errors import InvalidInput
 from services.inference import convert, convert_tasks
-from services.inference.backends.engine import Sampling
+from services.inference.backends.jobs import Sampling
 from services.inference.text import GenerateJob
 
 floats = st.floats(width=32)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from services.inference.backends.engine import Engine, Finish, Job, Sampling
+from services.inference.backends.engine import Engine
+from services.inference.backends.jobs import Finish, Job, Sampling
 
 TIMEOUT_S = 5.0
 

@@ -18,7 +18,7 @@ from services.core.errors import BackendUnavailable, DeadlinePassed, InvalidInpu
 from services.inference import figures as names
 from services.inference.admission import Admission
 from services.inference.answers import Answers
-from services.inference.backends.engine import Finish
+from services.inference.backends.jobs import Finish
 from services.inference.callers import Caller, Priority
 from services.inference.figures import Figures
 from services.inference.generation import Generation

@@ -11,7 +11,7 @@ import pytest
 
 from services.core.errors import InvalidInput
 from services.inference import grammars
-from services.inference.backends.engine import Grammar, GrammarKind
+from services.inference.backends.jobs import Grammar, GrammarKind
 from services.inference.grammars import Grammars
 
 # Counts in a file what it is asked; "slow" is not answered while there is a file of that name.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from services.inference.backends import wire
-from services.inference.backends.engine import Finish
+from services.inference.backends.jobs import Finish
 from services.inference.backends.line import PACKET_BYTES, Line, Listener
 
 TIMEOUT_S = 5

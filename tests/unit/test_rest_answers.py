@@ -22,7 +22,7 @@ from services.core.errors import (
     LingquError,
     QueueFull,
 )
-from services.inference.backends.engine import Finish
+from services.inference.backends.jobs import Finish
 from services.inference.rest.permits import by_records
 from services.inference.rest.server import serving_http
 from services.inference.text import Delta, Logprob

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.core.rest import MAX_BODY_BYTES
-from services.inference.backends.engine import GrammarKind
+from services.inference.backends.jobs import GrammarKind
 from services.inference.callers import Priority
 from services.inference.chat import Call, Tool, Turn
 from services.inference.text import GenerateJob

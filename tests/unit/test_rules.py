@@ -16,7 +16,7 @@ from services.core.discovery import Model, Replica, Version, VersionKey
 from services.core.interceptors import InFlightLimit, StatusMapper, Tracing, server_stack
 from services.core.settings import load
 from services.inference.backends import wire
-from services.inference.backends.engine import Job, Sampling
+from services.inference.backends.jobs import Job, Sampling
 from services.inference.placement import desired
 from services.registry.app import RegistrySettings
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from services.inference.backends.engine import Engine, Finish, Grammar, GrammarKind, Job, Sampling
+from services.inference.backends.engine import Engine
+from services.inference.backends.jobs import Finish, Grammar, GrammarKind, Job, Sampling
 from services.inference.backends.tensorrt_llm import TensorRtPipeline, open_pipeline
 
 

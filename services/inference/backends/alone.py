@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from services.inference.backends.engine import Handle, Job, Runtime, Sampling
+from services.inference.backends.jobs import Handle, Job, Runtime, Sampling
 
 MIN_TOKENS = 8  # shorter answers are not worth another runtime
 PROMPT_TOKENS = 320  # longer ones are computed in slices, which takes the prefix cache

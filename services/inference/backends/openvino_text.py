@@ -12,12 +12,12 @@ import openvino
 import openvino_genai as og
 
 from services.inference.artifact import TextSpec
-from services.inference.backends.engine import Grammar, GrammarKind, Handle, Job, Sampling
+from services.inference.backends.jobs import Grammar, GrammarKind, Handle, Job, Sampling
 from services.inference.backends.partials import Partials
 
 STEP_TOKENS = 256  # of prompts and streams together
 NGRAM_TOKENS = (
-    3  # how many of the last tokens have to have been there before, for a guess at what follows; or fewer
+    3  # so many of the last tokens, or fewer, are looked for in what was before, to guess what follows
 )
 
 _RUNNING, _CANCELLED = og.GenerationStatus.RUNNING, og.GenerationStatus.CANCEL

@@ -11,7 +11,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from services.inference.backends import wire
-from services.inference.backends.engine import Finish
+from services.inference.backends.jobs import Finish
 from services.inference.backends.line import Line
 from services.inference.backends.outbox import Outbox, Postable
 from services.inference.backends.spans import EngineSpan, EngineSpans

@@ -12,7 +12,7 @@ from opentelemetry.propagate import extract
 from opentelemetry.trace import SpanKind
 
 from services.core.telemetry import tracing
-from services.inference.backends.engine import Finish
+from services.inference.backends.jobs import Finish
 
 
 def _parent(traceparent: str) -> Context | None:

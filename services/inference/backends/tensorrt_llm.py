@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.inference.backends.engine import GrammarKind, Job, Sampling
+from services.inference.backends.jobs import GrammarKind, Job, Sampling
 
 WAIT_S = 0.005  # of a step without news; commands wait as long at most
 _FINISHED = {"stop": "STOP", "length": "LENGTH"}  # whatever else: "timeout", "cancelled"

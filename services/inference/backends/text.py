@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 
 from services.inference.artifact import Manifest, TextSpec
 from services.inference.backends import wire
-from services.inference.backends.engine import Engine, Job, Sampling, Sink
+from services.inference.backends.engine import Engine
+from services.inference.backends.jobs import Job, Sampling, Sink
 from services.inference.backends.line import Line
 from services.inference.backends.outbox import Outbox
 from services.inference.backends.score import Logprobs, Scorer

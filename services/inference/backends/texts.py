@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services.inference.artifact import Manifest, TextSpec
 from services.inference.backends.alone import Alone
-from services.inference.backends.engine import Runtime
+from services.inference.backends.jobs import Runtime
 from services.inference.sizing import KvCache
 
 GIB = 1 << 30

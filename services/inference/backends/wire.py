@@ -12,7 +12,7 @@ may send tensors to the model, but only inference may speak for many clients.
         {"op": "cancel", "key": 7}
     {"op": "score", "id": "…", "key": 8, "input_ids": […]}    answered by `logprobs`, FP32 [tokens - 1], and
                                                    before, while it takes long, by empty `text_output`
-    {"op": "stats", "id": ""}                      answered by `text_output`: engine.Counts as JSON
+    {"op": "stats", "id": ""}                      answered by `text_output`: jobs.Counts as JSON
 
 While it steps, the engine lets next to nothing else run in its process: about one request is taken a step.
 That is why inference sends what has come meanwhile as one batch.
@@ -29,10 +29,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
-from services.inference.backends.engine import Finish, Grammar, GrammarKind, Job, Sampling
+from services.inference.backends.jobs import Finish, Grammar, GrammarKind, Job, Sampling
 
 SESSION = "session"
 STEP = "step"
+BYTES_PREFIX = 4  # of a string in a BYTES tensor: its length
 LOGPROBS = "logprobs"
 COLUMNS = 4
 NO_TOKEN = -1

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from services.inference.backends.engine import Finish
+from services.inference.backends.jobs import Finish
 from services.inference.text import Delta, Logprob
 
 FINISH = {Finish.STOP: "stop", Finish.LENGTH: "length"}

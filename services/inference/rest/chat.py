@@ -10,7 +10,7 @@ from typing import Any
 from lingqu.inference.v1 import inference_pb2 as pb
 from services.core.errors import InvalidInput, Unsupported
 from services.inference import calls, convert
-from services.inference.backends.engine import Finish
+from services.inference.backends.jobs import Finish
 from services.inference.callers import Caller
 from services.inference.chat import Call
 from services.inference.rest import answers, jobs

@@ -10,12 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.inference.backends.engine import (
-    MAX_PENALTY,
-    MAX_REPETITION_PENALTY,
-    MAX_TEMPERATURE,
-    MAX_TOP_K,
-)
+from services.inference.backends.jobs import MAX_PENALTY, MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MAX_TOP_K
 from services.inference.convert import MAX_CANDIDATES, MAX_INPUTS, MAX_STOPS, MAX_TURNS
 
 MAX_INT = 2**31 - 1
