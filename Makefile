@@ -9,13 +9,16 @@ STUBS  := $(VENV)/.stubs
 MODELS := $(VENV)/.models
 PROTOS := $(shell find protos -name '*.proto')
 
+# Hundreds of processes run here: each would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: up test check fix bench bench-gateway bench-inference bench-limits bench-metrics bench-registry soak clean install
 
 up: install $(MODELS)                        ## start the whole suite; Ctrl-C stops it
 	@exec $(BIN)/lingqu up $(ARGS)
 
 test: install $(MODELS)                      ## all tests, with real etcd, Triton and Envoy; ARGS="-n 0 …" for one
-	$(BIN)/pytest -n 2 --dist loadgroup --reruns 2 $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2 $(ARGS)
 
 check: install                               ## format, lint, types, protos
 	$(BIN)/ruff format --check .

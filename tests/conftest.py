@@ -24,16 +24,35 @@ settings.register_profile("lingqu", deadline=None, suppress_health_check=[Health
 settings.load_profile("lingqu")
 
 
+# The longest first, so that no worker begins one of them when the others have come to the end.
+FOLDERS = ("chaos", "e2e", "integration", "contract", "unit")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which looks for the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What soaks takes minutes: only where it is asked for (`make soak`). With several workers, whatever uses
     the one running suite is for one of them, and otherwise a file at a time."""
+    items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
     for item in items:
         shared = "suite" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("suite" if shared else item.location[0]))
+        item.add_marker(pytest.mark.xdist_group("suite" if shared else item.nodeid.partition("::")[0]))
     if "soak" not in config.option.markexpr:
         long = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if item not in long]
         config.hook.pytest_deselected(items=long)
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """A name of megabytes would go with each report of its test, and one with a time in it is another one for
+    each worker."""
+    return f"{argname} of {len(val)}" if isinstance(val, bytes | str) and len(val) > 60 else None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups that xdist does not see it ignores without a word, and every worker starts every part."""
+    grouped = getattr(session.config.option, "loadgroup", False)
+    if grouped and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("xdist does not see the groups of tests (tests/conftest.py)")
 
 
 ALL_PORTS = (

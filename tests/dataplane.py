@@ -42,7 +42,7 @@ from services.gateway.listener import Entry
 from services.gateway.snapshot import Builder
 from services.gateway.view import View, view
 from tests.conftest import free_offset
-from tests.waiting import until
+from tests.waiting import pause, until
 
 VERSION = "x-lingqu-model-version"
 
@@ -112,7 +112,7 @@ class FakeReplica(InferenceServiceServicer, GRPCInferenceServiceServicer):
     async def _answer(self, path: str, model: str, version: str, headers: Mapping[str, str]) -> None:
         self.seen.append(Seen(path, model, version, headers))
         if self.delay_s:
-            await asyncio.sleep(self.delay_s)
+            await pause(self.delay_s, "it was told to take so long")
 
     async def _grpc(self, path: str, model: str, version: str | None, context: Any) -> str:
         headers = {k: str(v) for k, v in context.invocation_metadata()}
@@ -134,7 +134,7 @@ class FakeReplica(InferenceServiceServicer, GRPCInferenceServiceServicer):
             while not self.release.is_set():
                 yield pb.GenerateChunk(text=f"{self.name} {number}", model_version=version)
                 number += 1
-                await asyncio.sleep(0.02)
+                await pause(0.02, "the pace of a stream")
             yield pb.GenerateChunk(text="end", finish_reason=pb.FINISH_REASON_STOP, model_version=version)
         finally:
             self.streams -= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from services.inference.rest.serving import EmbedJob, Models
 from services.inference.routing import Routing
 from services.inference.text import Delta, GenerateJob, TextModel
 from services.inference.vectors import VectorModel, Vectors
+from tests.waiting import pause
 
 
 class FakeText(TextModel):
@@ -72,7 +72,7 @@ class Fakes:
                 if isinstance(item, Delta):
                     yield item
                 else:
-                    await asyncio.sleep(item)
+                    await pause(item, "the script says so")
             whole = True
         finally:
             self.running -= 1

@@ -27,6 +27,11 @@ async def until(
         await asyncio.sleep(every_s)
 
 
+async def forever() -> None:
+    """What hangs: ends only when it is cancelled."""
+    await asyncio.Event().wait()
+
+
 async def pause(seconds: float, because: str) -> None:
     """Let time pass where its passing is what is tested; `because` says so to the reader."""
     assert because

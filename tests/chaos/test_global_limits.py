@@ -16,7 +16,7 @@ import pytest
 from bench.fleet import Caller, fleet
 from bench.limit_load import Load, trouble
 from tests.conftest import free_offset
-from tests.waiting import until
+from tests.waiting import pause, until
 
 OK, AWAY = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
 TIMEOUT_S = 0.1
@@ -34,18 +34,23 @@ def check(load: Load) -> None:
         assert finding.passed > 0, str(finding)
 
 
+async def passing(load: Load) -> None:
+    """Wait until each gateway's requests are answered and some of them pass."""
+    await until(lambda: load.codes[OK] > 10, "requests pass", every_s=0.02)
+
+
 async def test_no_window_has_too_much_while_control_planes_die_and_stop(tmp_path: Path) -> None:
     """One is killed, one stops for longer than its session lives; the third takes their part over."""
     settings = {"LINGQU_LIMITS_FAIL": "closed", "LINGQU_LIMITS_LEASE_S": "2"}
     async with fleet(tmp_path, free_offset, [settings] * 3) as made:
         load = Load(made, CLIENTS)
         async with load.running():
-            await asyncio.sleep(0.5)
+            await passing(load)
             await made.gateways[0].control.kill()
             made.gateways[1].control.signal(signal.SIGSTOP)
-            await asyncio.sleep(4.0)
+            await pause(4.0, "its session ends, and another takes its part over")
             made.gateways[1].control.signal(signal.SIGCONT)
-            await asyncio.sleep(1.0)
+            await pause(1.0, "it could believe that its part is still its own")
         check(load)
 
 
@@ -63,11 +68,11 @@ async def test_a_control_plane_that_is_cut_off_stops_deciding_and_others_decide_
         async with fleet(tmp_path, free_offset, [cut_off, settings], wired=wire.to) as made:
             load = Load(made, CLIENTS)
             async with load.running():
-                await asyncio.sleep(0.5)
+                await passing(load)
                 wire.cut()
-                await asyncio.sleep(3.5)
+                await pause(3.5, "its session ends, and the other takes its part over")
                 load.codes.clear()
-                await asyncio.sleep(1.5)
+                await pause(1.5, "what is answered from then on")
                 late = dict(load.codes)
             check(load)
             assert late[OK] > 0

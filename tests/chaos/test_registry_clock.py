@@ -94,7 +94,7 @@ class KeptAlive:
             answer = await call.read()
             self.shortest_s = min(self.shortest_s, answer.ttl.ToTimedelta().total_seconds())
             self.renewed += 1
-            await asyncio.sleep(0.5)
+            await pause(0.5, "twice a second")
 
     async def more(self) -> None:
         """Wait for renewals enough to outlast the lease."""

@@ -14,6 +14,7 @@ from lingqu.registry.v1 import models_pb2
 from tests.conftest import EtcdServer
 from tests.histories import invariants, truth
 from tests.registries import Api, RegistryProcess, once_allowed, weights
+from tests.waiting import pause
 
 pytestmark = pytest.mark.chaos
 
@@ -66,7 +67,7 @@ async def prepare(api: Api) -> None:
 async def round_(victim: RegistryProcess, other: RegistryProcess, name: str, shares: dict[int, int]) -> None:
     """Ask the victim, kill it before, while or after it answers, ask the other one at once."""
     releases = [asyncio.create_task(victim.api.split(shares, model, request_id=name)) for model in MODELS]
-    await asyncio.sleep(random.uniform(0, 0.03))
+    await pause(random.uniform(0, 0.03), "it is killed somewhere in the middle")
     await victim.kill()
     await asyncio.gather(*releases, return_exceptions=True)
     answers = await asyncio.gather(

@@ -176,7 +176,7 @@ class Writer:
             except grpc.aio.AioRpcError as err:
                 self.refusals.add(err.code().name)
                 self.client.leave(channel)
-            await asyncio.sleep(0.05)
+            await pause(0.05, "the pace of a writer")
 
     async def nothing_lost(self) -> bool:
         return set(self.acknowledged) <= set(await ids(self.client, "writer"))

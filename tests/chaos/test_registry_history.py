@@ -26,16 +26,16 @@ SETTLE_S = 40
 
 
 async def test_no_acknowledged_write_is_lost_and_no_watcher_misled(etcd_server: EtcdServer) -> None:
-    await run(etcd_server, seconds=15, pace_s=0.02)
+    await check_history(etcd_server, seconds=15, pace_s=0.02)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 async def test_a_long_history_holds_too(etcd_server: EtcdServer) -> None:
-    await run(etcd_server, seconds=float(os.environ.get("LINGQU_HISTORY_S", "240")), pace_s=0.02)
+    await check_history(etcd_server, seconds=float(os.environ.get("LINGQU_HISTORY_S", "240")), pace_s=0.02)
 
 
-async def run(etcd: EtcdServer, seconds: float, pace_s: float) -> None:
+async def check_history(etcd: EtcdServer, seconds: float, pace_s: float) -> None:
     seed = int(os.environ.get("LINGQU_HISTORY_SEED") or random.randrange(1 << 32))
     print(f"LINGQU_HISTORY_SEED={seed}")  # noqa: T201 - shown when the test fails
     try:

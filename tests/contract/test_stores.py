@@ -92,7 +92,7 @@ def value(query: Query, found: list[tuple[int, float]]) -> float | None:
     }[query.aggregate]()
 
 
-def close(found: list[Series], wanted: list[Series]) -> None:
+def check_close(found: list[Series], wanted: list[Series]) -> None:
     assert [s.labels for s in found] == [s.labels for s in wanted]
     for one, other in zip(found, wanted, strict=True):
         assert [begin for begin, _ in one.values] == [begin for begin, _ in other.values]
@@ -149,7 +149,7 @@ def test_answers_are_as_the_definition_says(store: Store, monkeypatch: pytest.Mo
         points = [point._replace(measurement=name) for point in points]
         store.write(points)
         for query in (replace(query, measurement=name) for query in asked):
-            close(store.query(query), expected(points, query))
+            check_close(store.query(query), expected(points, query))
 
     check()
 
@@ -206,11 +206,11 @@ def test_what_is_older_than_raw_points_is_rolled_up(opened: Callable[[], Store])
     ]
     for number in range(2):
         for query in asked:
-            close(store.query(query), expected(points, query))
+            check_close(store.query(query), expected(points, query))
         with pytest.raises(InvalidInput, match="raw points"):
             store.query(replace(asked[0], aggregate=Aggregate.PERCENTILE, percentile=50.0))
         fresh = replace(asked[0], aggregate=Aggregate.PERCENTILE, percentile=50.0, start_ns=now - HOUR)
-        close(store.query(fresh), expected(points, fresh))
+        check_close(store.query(fresh), expected(points, fresh))
         store.retain(3600 * 2 - 60, 30 * 86_400)
         assert store.series() == [("m", labels({"k": k})) for k in "ab"]
         if number == 0:

@@ -13,6 +13,7 @@ from lingqu.registry.v1 import access_pb2, instances_pb2, models_pb2
 from services.core.lifecycle import CHANNEL_OPTIONS
 from tests.histories.records import Operation, Outcome, Stream, told
 from tests.registries import READY, Api, version
+from tests.waiting import pause
 
 MODELS = ("a", "b", "c")
 MOST_VERSIONS = 25
@@ -80,7 +81,7 @@ class Crowd:
             ]
             [(_, act)] = self._rng.choices(choices, [weight for weight, _ in choices])
             await act()
-            await asyncio.sleep(self._rng.uniform(0, 2 * pace_s))
+            await pause(self._rng.uniform(0, 2 * pace_s), "the pace of a client")
 
     async def watcher(self, view: str, at: int) -> None:
         """Watch, for ever: calls end at random, and the next one, here or there, goes on from where it was.
@@ -123,7 +124,7 @@ class Crowd:
         except TimeoutError:
             return
         except grpc.aio.AioRpcError:
-            await asyncio.sleep(0.1)
+            await pause(0.1, "all may be away")
         finally:
             call.cancel()
 
@@ -142,7 +143,7 @@ class Crowd:
                 if not op.fail(err, earlier):
                     break
                 earlier = op.outcome is Outcome.UNKNOWN
-                await asyncio.sleep(self._rng.uniform(0.1, 0.5))
+                await pause(self._rng.uniform(0.1, 0.5), "as clients do before they try again")
         return op
 
     @staticmethod

@@ -13,6 +13,7 @@ import psutil
 
 from tests.conftest import EtcdServer
 from tests.registries import RegistryProcess
+from tests.waiting import pause
 
 SETTINGS = {"LINGQU_GRACE_S": "0.1"}
 
@@ -27,7 +28,7 @@ class Fleet:
     async def kill_registry(self, number: int, away_s: float) -> None:
         self.faults.append(f"kill registry {number}, start it after {away_s:.1f} s")
         await self.registries[number].kill()
-        await asyncio.sleep(away_s)
+        await pause(away_s, "it is away")
         address = self.addresses[number]
         self.registries[number] = await RegistryProcess.start(
             self.etcd, f"registry-{number}", address=address, env=SETTINGS
@@ -37,14 +38,14 @@ class Fleet:
         """It comes back on the same data under the same address."""
         self.faults.append(f"kill etcd, start it after {away_s:.1f} s")
         await self.etcd.kill()
-        await asyncio.sleep(away_s)
+        await pause(away_s, "it is away")
         await self.etcd.start()
 
     async def pause(self, pid: int, name: str, seconds: float) -> None:
         self.faults.append(f"pause {name} for {seconds:.1f} s")
         os.kill(pid, signal.SIGSTOP)
         try:
-            await asyncio.sleep(seconds)
+            await pause(seconds, "it stands still")
         finally:
             os.kill(pid, signal.SIGCONT)
 

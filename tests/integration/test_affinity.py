@@ -12,7 +12,7 @@ import pytest
 
 from lingqu.inference.v1 import inference_pb2 as pb
 from tests.dataplane import DataPlane, FakeReplica, dataplane, model, replicas
-from tests.waiting import until
+from tests.waiting import pause, until
 
 Gate = tuple[DataPlane, list[FakeReplica]]
 M = ("m", 1)
@@ -128,7 +128,7 @@ async def test_without_affinity_the_least_busy_replica_is_asked(gate: Gate, plan
     pending = [asyncio.create_task(plane.infer("m")) for _ in range(2)]
     for _ in range(200):
         pending.append(asyncio.create_task(plane.infer("m")))
-        await asyncio.sleep(0.002)
+        await pause(0.002, "one after the other, as the fast ones answer")
     answers = Counter([(await task).id for task in pending])
     assert answers["a"] < 40
     assert min(answers[name] for name in "bcd") > 30

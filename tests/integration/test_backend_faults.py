@@ -13,7 +13,7 @@ import pytest
 from lingqu.inference.v1 import inference_pb2 as pb
 from services.core.discovery import Protection, VersionKey
 from tests.planes import STREAM, Backend, Plane, hosting, model, plane, raw_server
-from tests.waiting import until
+from tests.waiting import forever, pause, until
 
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
 M = VersionKey("m", 1)
@@ -46,7 +46,7 @@ async def test_one_of_three_dies_under_load_and_no_request_fails(
     """dynamo #1424."""
 
     async def work(_: object) -> None:
-        await asyncio.sleep(0.01)
+        await pause(0.01, "so that there are some in progress")
 
     for backend in backends:
         backend.before = work
@@ -113,7 +113,7 @@ async def test_one_that_hangs_costs_its_callers_their_deadline_and_nobody_else(
     gate: Plane, backends: list[Backend]
 ) -> None:
     async def hang(_: object) -> None:
-        await asyncio.sleep(60)
+        await forever()
 
     backends[0].before = hang
     n = VersionKey("n", 1)
@@ -135,7 +135,7 @@ async def test_an_answer_that_breaks_off_is_not_begun_again(gate: Plane, backend
     async def never(context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         await context.write(pb.GenerateChunk(text="begun").SerializeToString())
         came.set()
-        await asyncio.sleep(60)
+        await forever()
 
     for backend in backends[:2]:
         backend.before = never
@@ -160,7 +160,7 @@ async def test_retries_are_no_storm(gate: Plane, backends: list[Backend]) -> Non
     """When everything fails, attempts are bounded by the budget, not five for each request."""
 
     async def refuse(context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        await asyncio.sleep(0.02)
+        await pause(0.02, "so that many are in progress at once")
         await context.abort(UNAVAILABLE, "not now")
 
     for backend in backends:

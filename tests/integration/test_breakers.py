@@ -18,7 +18,7 @@ from services.core.discovery import Protection, VersionKey
 from services.gateway import breakers
 from services.gateway.breakers import Phase
 from tests.planes import Backend, Caller, Plane, hosting, model, plane
-from tests.waiting import until
+from tests.waiting import forever, pause, until
 
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
 ONE, TWO = VersionKey("m", 1), VersionKey("m", 2)
@@ -119,7 +119,7 @@ async def test_a_bad_version_leaves_its_share_to_the_good_one(gate: Plane, backe
 
 async def test_it_opens_when_requests_hang(gate: Plane, backends: list[Backend]) -> None:
     async def hang(_: object) -> None:
-        await asyncio.sleep(60)
+        await forever()
 
     protection = Protection(min_requests=10, latency_s=0.3)
     await gate.show([hosting("r", backends[0].address, ONE)], [model("m", 100, protection=protection)])
@@ -146,7 +146,7 @@ async def test_a_version_has_no_more_in_progress_than_it_may(gate: Plane, backen
     """A flood is refused at once, told when to come back, and does not harm those who got in."""
 
     async def work(_: object) -> None:
-        await asyncio.sleep(0.3)
+        await pause(0.3, "all others come meanwhile")
 
     backends[0].before = work
     protection = Protection(max_requests=8)

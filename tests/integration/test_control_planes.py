@@ -259,7 +259,7 @@ async def test_a_breaker_that_opens_is_described_and_routed_by(site: Site) -> No
     await broken.stop()
 
 
-async def outage(site: Site, seconds: float) -> None:
+async def check_outage(site: Site, seconds: float) -> None:
     """No control plane, while one backend after the other ends and comes back at its address: no call fails,
     no stream is cut, neither then nor when the control plane returns."""
     control = await site.control()
@@ -298,10 +298,10 @@ async def outage(site: Site, seconds: float) -> None:
 
 
 async def test_an_outage_of_the_control_plane(site: Site) -> None:
-    await outage(site, 0.5)
+    await check_outage(site, 0.5)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 async def test_ten_minutes_without_control_plane(site: Site) -> None:
-    await outage(site, 600.0)
+    await check_outage(site, 600.0)

@@ -208,7 +208,7 @@ async def test_a_call_that_is_given_up_leaves_the_queue(served: Served) -> None:
     model = served.model(cache_bytes=0)
     before = served.counted()["rows"]
     many = asyncio.create_task(model.embed([f"{n} {LONG}" for n in range(512)]))
-    await asyncio.sleep(0.2)
+    await until(lambda: served.counted()["rows"] > before, "some of it is computed", every_s=0.01)
     many.cancel()
     await asyncio.gather(many, return_exceptions=True)
     await model.embed(["the next one"], timeout=10)
@@ -219,8 +219,9 @@ async def test_thousands_of_texts_leave_room_for_others(served: Served) -> None:
     """A call has two requests in Triton at once, so that a short one waits for no more than these."""
     model = served.model(cache_bytes=0)
     texts = [f"text {n} {'word ' * (n % 12)}" for n in range(2048)]
+    before = served.counted()["rows"]
     many = asyncio.create_task(model.embed(texts))
-    await asyncio.sleep(0.2)
+    await until(lambda: served.counted()["rows"] > before, "some of it is computed", every_s=0.01)
     one = await model.embed(["a short question"])
     assert not many.done()
     assert one.values.shape == (1, 384)

@@ -19,7 +19,7 @@ from lingqu.client import LingquError
 from lingqu.gateway.v1 import limiter_pb2
 from lingqu.gateway.v1.limiter_pb2_grpc import LimiterServiceStub
 from tests.conftest import free_offset
-from tests.waiting import until
+from tests.waiting import pause, until
 
 OK, OVER = grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED
 # What a request waits for the limiter at most; this machine is busy.
@@ -57,7 +57,7 @@ def asked(gateway: Gateway) -> int:
 
 async def test_a_limit_of_a_second_holds_over_two_gateways(two: Fleet) -> None:
     callers = await limited(two, "second", requests_per_second=5)
-    await asyncio.sleep(1.1)  # what was counted until now leaves the window
+    await pause(1.1, "what was counted until now leaves the window")
     begun = time.monotonic()
     codes = Counter([await caller.ask() for _ in range(6) for caller in callers])
     if time.monotonic() - begun < 0.9:
@@ -71,7 +71,7 @@ async def test_a_limit_of_a_second_holds_over_two_gateways(two: Fleet) -> None:
     assert headers["retry-after"] == "1"
     assert headers["x-ratelimit-limit"] == '5, 5;w=1;name="requests"'
     assert headers["x-ratelimit-remaining"] == "0"
-    await asyncio.sleep(error.retry_after_s)
+    await pause(error.retry_after_s, "as it was told")
     assert await callers[0].ask() == OK
 
 
@@ -138,13 +138,17 @@ async def test_no_request_fails_while_a_control_plane_stops_and_starts_again(two
     async def ask(caller: Caller) -> None:
         while True:
             codes[await caller.ask()] += 1
-            await asyncio.sleep(0.01)
+            await pause(0.01, "the pace of a caller")
+
+    async def more(each: int) -> None:
+        goal = codes.total() + each * len(callers)
+        await until(lambda: codes.total() >= goal, "so many more answers")
 
     asking = [asyncio.create_task(ask(caller)) for caller in callers]
     await two.gateways[1].control.stop()
-    await asyncio.sleep(0.3)
+    await more(2)
     await two.gateways[1].control.start()
-    await asyncio.sleep(0.5)
+    await more(5)
     for task in asking:
         task.cancel()
     await asyncio.gather(*asking, return_exceptions=True)

@@ -19,7 +19,7 @@ from services.core.discovery import Model, Replica
 from services.gateway import health
 from services.gateway.admin import conditions
 from tests.dataplane import DataPlane, FakeReplica, dataplane, model, replicas
-from tests.waiting import until
+from tests.waiting import pause, until
 
 M = ("m", 1)
 MODELS = [model("m", {1: 100}, labels={"lingqu.affinity": "none"})]
@@ -66,7 +66,7 @@ async def who(plane: DataPlane, number: int = 24) -> set[str]:
     return set(found)
 
 
-async def only(plane: DataPlane, names: str) -> None:
+async def until_only(plane: DataPlane, names: str) -> None:
     async def answered() -> bool:
         return await who(plane) == set(names)
 
@@ -78,13 +78,13 @@ async def test_who_does_not_answer_gets_nothing_until_it_does(
     tmp_path: Path, hosts: list[FakeReplica], state: str
 ) -> None:
     async with dataplane(tmp_path) as plane, Following(plane, [h.hosting(M) for h in hosts], MODELS):
-        await only(plane, "abc")
+        await until_only(plane, "abc")
         assert plane.health.unhealthy == set()
         hosts[0].healthy(state)
-        await only(plane, "bc")
+        await until_only(plane, "bc")
         assert plane.health.unhealthy == {hosts[0].endpoints["grpc"], hosts[0].endpoints["oip"]}
         hosts[0].healthy()
-        await only(plane, "abc")
+        await until_only(plane, "abc")
 
 
 async def test_when_nobody_answers_the_question_everybody_is_tried(
@@ -97,7 +97,7 @@ async def test_when_nobody_answers_the_question_everybody_is_tried(
         for host in hosts:
             host.healthy("not serving")
         await until(lambda: len(plane.health.unhealthy) == 4, "two replicas are out")
-        await only(plane, "ab")
+        await until_only(plane, "ab")
 
 
 async def test_a_replica_that_comes_is_used_before_it_is_asked(
@@ -109,18 +109,18 @@ async def test_a_replica_that_comes_is_used_before_it_is_asked(
         await plane.publish([h.hosting(M) for h in hosts], MODELS)
         assert len(await who(plane)) > 1
         for _ in range(10):
-            await asyncio.sleep(0.05)
+            await pause(0.05, "reports of half a second")
             assert plane.health.unhealthy == set()
 
 
 async def test_replicas_of_the_own_zone_come_first(tmp_path: Path, hosts: list[FakeReplica]) -> None:
     found = [hosts[0].hosting(M, zone="x"), hosts[1].hosting(M, zone="x"), hosts[2].hosting(M, zone="y")]
     async with dataplane(tmp_path, zone="x") as plane, Following(plane, found, MODELS):
-        await only(plane, "ab")
+        await until_only(plane, "ab")
         hosts[0].healthy("not serving")
-        await only(plane, "bc")  # what one of two cannot take goes to the others
+        await until_only(plane, "bc")  # what one of two cannot take goes to the others
         hosts[1].healthy("not serving")
-        await only(plane, "c")
+        await until_only(plane, "c")
 
 
 async def test_a_drained_replica_ends_what_it_has_and_gets_nothing_new(
@@ -139,7 +139,7 @@ async def test_a_drained_replica_ends_what_it_has_and_gets_nothing_new(
         hosts[0].release.set()
         assert [chunk.text async for chunk in heard][-1] == "end"
         await plane.publish(found, MODELS)
-        await only(plane, "ab")
+        await until_only(plane, "ab")
 
 
 async def test_envoy_tells_what_it_thinks_of_its_endpoints(tmp_path: Path, hosts: list[FakeReplica]) -> None:

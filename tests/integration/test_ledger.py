@@ -15,7 +15,7 @@ from lingqu.registry.v1.ledger_pb2_grpc import LedgerServiceStub
 from services.registry.app import RegistrySettings, running
 from tests.conftest import EtcdServer, free_offset
 from tests.registries import refused
-from tests.waiting import until
+from tests.waiting import pause, until
 
 ADDRESS = "127.0.0.1:1"
 
@@ -99,7 +99,7 @@ async def test_a_session_that_is_not_renewed_frees_its_shards_and_watchers_see_i
         while True:
             answer = await ledger.RenewSession(pb.RenewSessionRequest(session_id=kept), timeout=5)
             assert answer.ttl.seconds >= 2
-            await asyncio.sleep(0.3)
+            await pause(0.3, "often enough for two seconds")
 
     renewing = asyncio.create_task(renewed())
     sessions, owners, ended, freed = set(), set(), [], []

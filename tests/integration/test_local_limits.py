@@ -13,7 +13,7 @@ import pytest
 from services.core.access import Access, Client, Limits, SharedLimits
 from services.core.discovery import Protection, VersionKey
 from tests.planes import Backend, Caller, Plane, hosting, model, plane
-from tests.waiting import until
+from tests.waiting import forever, pause, until
 
 MODELS = [model(name, 100, protection=Protection(no_breaker=True)) for name in ("m", "n")]
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -41,7 +41,7 @@ async def limited(
 
 
 async def asleep(_: object) -> None:
-    await asyncio.sleep(0.3)
+    await pause(0.3, "others come meanwhile")
 
 
 def counted(answers: list) -> Counter[grpc.StatusCode]:  # type: ignore[type-arg]
@@ -166,12 +166,12 @@ async def test_nothing_that_goes_wrong_with_requests_wears_a_limit_out(gate: Pla
         if backend.asked % 3 == 0:
             await context.abort(grpc.StatusCode.INTERNAL, "no")  # type: ignore[attr-defined]
         if backend.asked % 3 == 1:
-            await asyncio.sleep(60)
+            await forever()
 
     backend.before = worn
     for _ in range(45):
         calls = [caller.call("m", timeout_s=0.02 if n % 2 else 10) for n in range(40)]
-        await asyncio.sleep(0.01)
+        await pause(0.01, "some have reached the backend, some have not")
         for call in calls[::2]:
             call.cancel()
         await asyncio.gather(*(call.code() for call in calls))

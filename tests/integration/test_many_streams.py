@@ -11,7 +11,7 @@ from bench.fleet import fleet
 from tests.conftest import free_offset
 
 
-async def _flat(folder: Path, number: int, seconds: float) -> None:
+async def check_flat(folder: Path, number: int, seconds: float) -> None:
     async with fleet(folder, free_offset, ({},)) as made:
         found = await streams.held(made, number, seconds)
     assert (found.alive, found.failed) == (number, 0)
@@ -20,10 +20,10 @@ async def _flat(folder: Path, number: int, seconds: float) -> None:
 
 
 async def test_hundreds_of_streams(tmp_path: Path) -> None:
-    await _flat(tmp_path, 400, 1.0)
+    await check_flat(tmp_path, 400, 1.0)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 async def test_two_thousand_streams_for_ten_minutes(tmp_path: Path) -> None:
-    await _flat(tmp_path, streams.STREAMS, streams.SECONDS)
+    await check_flat(tmp_path, streams.STREAMS, streams.SECONDS)

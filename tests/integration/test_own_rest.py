@@ -93,7 +93,7 @@ async def client(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
     gateway.backend.error = None
 
 
-def status(answer: httpx.Response, http: int, code: grpc.StatusCode, reason: str) -> dict[str, Any]:
+def check_status(answer: httpx.Response, http: int, code: grpc.StatusCode, reason: str) -> dict[str, Any]:
     """Checks the google.rpc.Status of an answer and returns its details by type."""
     assert answer.status_code == http
     assert answer.headers["content-type"] == "application/json"
@@ -128,7 +128,7 @@ async def test_a_call_is_the_rpc(gateway: Gateway, client: httpx.AsyncClient) ->
 async def test_a_version_may_be_asked_for(client: httpx.AsyncClient) -> None:
     assert (await client.post(f"/v1/models/{TEXT}@1:generate", json={"prompt": "x"})).status_code == 200
     refused = await client.post(f"/v1/models/{TEXT}@9:generate", json={"prompt": "x"})
-    status(refused, 404, grpc.StatusCode.NOT_FOUND, "VERSION_NOT_SERVED")
+    check_status(refused, 404, grpc.StatusCode.NOT_FOUND, "VERSION_NOT_SERVED")
 
 
 async def test_a_stream_is_events_that_come_one_by_one(gateway: Gateway, client: httpx.AsyncClient) -> None:
@@ -150,11 +150,11 @@ async def test_a_stream_is_events_that_come_one_by_one(gateway: Gateway, client:
 async def test_errors_of_backends_keep_their_details(gateway: Gateway, client: httpx.AsyncClient) -> None:
     for verb in ("generate", "streamGenerate"):
         answer = await client.post(f"/v1/models/{TEXT}:{verb}", json={"prompt": "x", "max_tokens": -1})
-        details = status(answer, 400, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+        details = check_status(answer, 400, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
         assert details["BadRequest"]["field_violations"][0]["field"] == "max_tokens"
     gateway.backend.error = BackendUnavailable("the engine was lost 100 %")
     answer = await client.post(f"/v1/models/{TEXT}:generate", json={"prompt": "x"})
-    details = status(answer, 503, grpc.StatusCode.UNAVAILABLE, "BACKEND_UNAVAILABLE")
+    details = check_status(answer, 503, grpc.StatusCode.UNAVAILABLE, "BACKEND_UNAVAILABLE")
     assert details["RetryInfo"]["retry_delay"] == "1s"
 
 
@@ -183,7 +183,7 @@ async def test_what_envoy_refuses_looks_the_same(
 ) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     code = grpc.StatusCode.NOT_FOUND if http == 404 else grpc.StatusCode.INVALID_ARGUMENT
-    status(await client.post(f"/v1/models/{path}", content=content), http, code, reason)
+    check_status(await client.post(f"/v1/models/{path}", content=content), http, code, reason)
 
 
 async def test_keys_are_asked_for(gateway: Gateway, client: httpx.AsyncClient) -> None:
@@ -191,7 +191,7 @@ async def test_keys_are_asked_for(gateway: Gateway, client: httpx.AsyncClient) -
         refused = await client.post(
             f"/v1/models/{TEXT}:generate", json={"prompt": "x"}, headers={"authorization": key}
         )
-        status(refused, 401, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+        check_status(refused, 401, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
 
 
 async def test_policies_hold_here_too(gateway: Gateway, client: httpx.AsyncClient) -> None:
@@ -199,12 +199,12 @@ async def test_policies_hold_here_too(gateway: Gateway, client: httpx.AsyncClien
         key = {"authorization": f"Bearer {gateway.keys.mint(who).key}"}
         return await client.post(f"/v1/models/{model}:generate", json={"prompt": "x"}, headers=key)
 
-    status(await ask("guest"), 403, grpc.StatusCode.PERMISSION_DENIED, "MODEL_NOT_ALLOWED")
+    check_status(await ask("guest"), 403, grpc.StatusCode.PERMISSION_DENIED, "MODEL_NOT_ALLOWED")
     assert (await ask("hasty")).status_code == 200
     refused = await ask("hasty")
-    status(refused, 429, grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_REACHED")
+    check_status(refused, 429, grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_REACHED")
     assert refused.headers["retry-after"] == "60"
-    status(await ask("tester", AWAY), 503, grpc.StatusCode.UNAVAILABLE, "BACKEND_UNAVAILABLE")
+    check_status(await ask("tester", AWAY), 503, grpc.StatusCode.UNAVAILABLE, "BACKEND_UNAVAILABLE")
 
 
 async def test_large_requests_and_answers(client: httpx.AsyncClient) -> None:
@@ -213,7 +213,7 @@ async def test_large_requests_and_answers(client: httpx.AsyncClient) -> None:
     assert len(answer.json()["text"]) == 8_000_000
     much = {"prompt": "x" * (2 * MAX_ANSWER_BYTES)}
     too_large = await client.post(f"/v1/models/{TEXT}:generate", json=much)
-    status(too_large, 413, grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE")
+    check_status(too_large, 413, grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE")
 
 
 async def test_the_document_is_true(gateway: Gateway) -> None:

@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2 as oip
 from lingqu.inference.v1 import inference_pb2 as pb
 from services.core.discovery import Model, Replica
 from tests.dataplane import DataPlane, FakeReplica, dataplane, model, replicas
-from tests.waiting import until
+from tests.waiting import pause, until
 
 STREAMS = 6
 
@@ -40,7 +40,7 @@ class Held:
         async def requests() -> AsyncIterator[Any]:
             while not self.leave.is_set():
                 yield oip.ModelInferRequest(model_name=self.asked)
-                await asyncio.sleep(0.02)
+                await pause(0.02, "the pace of a stream")
 
         call = self.plane.tensor.ModelStreamInfer(requests(), metadata=self.plane.metadata)
         async for answer in call:
@@ -63,7 +63,7 @@ def states(seed: int, hosts: list[FakeReplica]) -> tuple[list[Replica], list[Mod
     return alive, models
 
 
-async def run(folder: Path, pushes: int) -> None:
+async def check_streams(folder: Path, pushes: int) -> None:
     async with replicas("one", "two", "three") as hosts, dataplane(folder) as plane:
         start = [host.hosting(("m", 1), ("m", 2), ("m", 3)) for host in hosts]
         await plane.publish(start, [model("m", {1: 60, 2: 40}, 3)])
@@ -89,9 +89,9 @@ async def run(folder: Path, pushes: int) -> None:
 
 
 async def test_no_stream_is_cut_by_a_push(tmp_path: Path) -> None:
-    await run(tmp_path, 20)
+    await check_streams(tmp_path, 20)
 
 
 @pytest.mark.soak
 async def test_no_stream_is_cut_by_five_hundred_pushes(tmp_path: Path) -> None:
-    await run(tmp_path, 500)
+    await check_streams(tmp_path, 500)

@@ -16,7 +16,7 @@ from services.inference.admission import LEAST_RETRY_S, MOST_RETRY_S, Admission
 from services.inference.callers import Caller, Priority
 from services.inference.fairqueue import Ticket
 from services.inference.figures import ADMITTED, QUEUE_LENGTH, QUEUE_SECONDS, REQUESTS, RUNNING, Figures
-from tests.waiting import until
+from tests.waiting import pause, until
 
 KEY = VersionKey("m", 1)
 
@@ -66,7 +66,7 @@ async def test_when_to_come_back_is_measured() -> None:
     """Three wait for one slot, and each holds it for so long."""
     desk, release = Desk(slots=1, queue=3), asyncio.Event()
     async with desk.admission.slot(KEY, Caller()):
-        await asyncio.sleep(0.2)
+        await pause(0.2, "what a request takes")
     tasks = [asyncio.create_task(desk.hold(release)) for _ in range(4)]
     await turn()
     with pytest.raises(QueueFull) as refused:
@@ -202,11 +202,11 @@ async def test_requests_are_counted_by_how_they_end() -> None:
     for error in (ValueError(), QueueFull("")):
         with pytest.raises(type(error)):
             await ended(Caller(), 0, error)
-    for caller, outcome in ((Caller(), "cancelled"), (due(0.05), "deadline")):
-        task = asyncio.create_task(ended(caller, 10))
-        await asyncio.sleep(0.06)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    cancelled, late = (asyncio.create_task(ended(caller, 10)) for caller in (Caller(), due(0.05)))
+    await turn()
+    cancelled.cancel()
+    await asyncio.wait([cancelled, late], timeout=5)
+    for outcome in ("cancelled", "deadline"):
         assert desk.figures.total(REQUESTS, outcome=outcome) == 1
     counts = {o: desk.figures.total(REQUESTS, outcome=o) for o in ("ok", "failed", "refused")}
     assert counts == {"ok": 1, "failed": 1, "refused": 1}

@@ -354,10 +354,10 @@ async def test_a_triton_that_answers_nothing_is_ended(tmp_path: Path, package: P
     dog.heard(False)
     dog.heard(True)
     dog.heard(False)
-    await asyncio.sleep(0.1)
+    await pause(0.1, "half of what it may be silent for")
     dog.heard(False)
     assert hung.poll() is None, "it was heard of in between"
-    await asyncio.sleep(0.2)
+    await pause(0.2, "all of it")
     dog.heard(False)
     await asyncio.wait_for(asyncio.to_thread(hung.wait), 5)
 
@@ -439,10 +439,10 @@ class SlowSession:
 
     async def generate(self, prompt: list[int], sampling: Any) -> AsyncIterator[Any]:
         self.calls += 1
-        await asyncio.sleep(0.5 if self.calls == 1 else 0.03)
+        await pause(0.5 if self.calls == 1 else 0.03, "the time to the first token")
         for token in (7, 8, 9):
             yield SimpleNamespace(tokens=(token,))
-            await asyncio.sleep(0.005)
+            await pause(0.005, "the time of a token")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from services.inference.figures import Figures
 from services.inference.generation import Generation
 from services.inference.text import Delta, GenerateJob
 from tests.fakes import PROMPT_TOKENS, FakeText
-from tests.waiting import until
+from tests.waiting import pause, until
 
 JOB = GenerateJob("hello", (), max_tokens=5)
 WHOLE = "0 1 2 3 4 "
@@ -302,7 +302,7 @@ async def test_a_deadline_ends_computing(desk: Desk) -> None:
 async def test_a_deadline_ends_a_stream_nobody_reads(desk: Desk) -> None:
     async with aclosing(desk.generation.generate(desk.model, JOB, due(0.05))) as deltas:
         await anext(deltas)
-        await asyncio.sleep(0.06)
+        await pause(0.06, "its deadline passes")
         with pytest.raises(DeadlinePassed):
             await anext(deltas)
 

@@ -336,7 +336,9 @@ def test_the_lock_of_a_writer_that_was_killed_is_free(tmp_path: Path, package: P
     lock.parent.mkdir(parents=True)
     holder = subprocess.Popen(["flock", str(lock), "sleep", "60"], start_new_session=True)
     try:
+        deadline = time.monotonic() + WAIT_S
         while subprocess.run(["flock", "-n", str(lock), "true"]).returncode == 0:
+            assert time.monotonic() < deadline, "the lock is not held"
             time.sleep(0.02)
         pushed: list[str] = []
         thread = threading.Thread(target=lambda: pushed.append(push(package.folder, f"file://{tmp_path}/s")))

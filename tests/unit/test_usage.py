@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,7 +17,7 @@ from services.inference.admission import Admission
 from services.inference.callers import Caller
 from services.inference.figures import Figures
 from services.inference.usage import UsageReports
-from tests.waiting import until
+from tests.waiting import pause, until
 
 
 class Limiter(LimiterServiceServicer):
@@ -56,7 +55,7 @@ async def test_everything_is_told_once_however_often_it_takes(listening: tuple[L
     async with reports.running():
         for _ in range(10):
             reports.charge("alice", "m", 3)
-        await asyncio.sleep(2 * usage.EVERY_S)  # nobody listens
+        await pause(2 * usage.EVERY_S, "it is told again and again, and nobody listens")
         limiter.fails = 1
         there[:] = [address, "127.0.0.1:1"]
         reports.charge("bob", "m", 5)
