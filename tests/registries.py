@@ -21,7 +21,7 @@ from lingqu.registry.v1.backups_pb2_grpc import BackupServiceStub
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from lingqu.registry.v1.models_pb2_grpc import ModelServiceStub
 from lingqu.registry.v1.rollouts_pb2_grpc import RolloutServiceStub
-from services.core.discovery import Registry
+from services.core.registry import Registry
 from services.registry.app import RegistrySettings, running
 from tests.conftest import EtcdServer, free_offset
 from tests.waiting import until

@@ -6,8 +6,10 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from services.core.discovery import Registration, Registry, Replica
+from services.core.discovery import Replica
 from services.core.lifecycle import run
+from services.core.registration import Registration
+from services.core.registry import Registry
 from services.core.tasks import background
 
 

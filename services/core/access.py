@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from lingqu.registry.v1 import access_pb2
 from lingqu.registry.v1.access_pb2_grpc import AccessServiceStub
-from services.core.discovery import Registry, Watched
+from services.core.registry import Registry, Watched
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from lingqu.registry.v1 import ledger_pb2 as pb
 from lingqu.registry.v1.ledger_pb2_grpc import LedgerServiceStub
-from services.core.discovery import Registry, Watched
+from services.core.registry import Registry, Watched
 
 
 @dataclass(frozen=True, slots=True)

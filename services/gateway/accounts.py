@@ -13,8 +13,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from lingqu.client import LingquError as RegistryError
 from lingqu.registry.v1 import access_pb2
 from lingqu.registry.v1.access_pb2_grpc import AccessServiceStub
-from services.core.discovery import NO_ANSWER, Registry
 from services.core.errors import BackendUnavailable, LingquError
+from services.core.registry import NO_ANSWER, Registry
 from services.gateway.keys import Minted
 
 TIMEOUT_S = 5.0

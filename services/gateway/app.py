@@ -23,10 +23,12 @@ from tritonclient.grpc import service_pb2 as _oip  # noqa: F401 - reflection sho
 from lingqu.gateway.v1.gateway_pb2_grpc import add_GatewayServiceServicer_to_server
 from services.core.audit import audited
 from services.core.backoff import Backoff
-from services.core.discovery import Registration, Registry, Replica
+from services.core.discovery import Replica
 from services.core.errors import LingquError
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
+from services.core.registration import Registration
+from services.core.registry import Registry
 from services.core.settings import Address, Addresses, Labels, Origins, Settings
 from services.core.tasks import background
 from services.core.telemetry import metering, tracing

@@ -16,7 +16,8 @@ import grpc
 
 from lingqu.registry.v1 import instances_pb2
 from services.core.access import Access, Record, access, watched_access
-from services.core.discovery import Model, Registry, Replica, Watched
+from services.core.discovery import Model, Replica
+from services.core.registry import Registry, Watched
 from services.core.tasks import background
 from services.gateway.ads import Rejection, Snapshots
 from services.gateway.figures import REFUSED, Figures

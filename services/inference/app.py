@@ -12,10 +12,12 @@ from pydantic import Field
 
 from lingqu.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from services.core.access import watched_access
-from services.core.discovery import Model, Registration, Registry, Replica, Version, Watched
+from services.core.discovery import Model, Replica, Version
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.limiters import addresses, watched_owners
+from services.core.registration import Registration
+from services.core.registry import Registry, Watched
 from services.core.settings import Address, Addresses, Labels, Settings, Trusted
 from services.core.tasks import background
 from services.core.telemetry import metering, tracing

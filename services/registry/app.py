@@ -47,7 +47,7 @@ SERVICES = tuple(
     f"lingqu.registry.v1.{name}Service"
     for name in ("Registry", "Model", "Rollout", "Access", "Backup", "Ledger")
 )
-# Its clients ping it every three seconds (services/core/discovery.py).
+# Its clients ping it every three seconds (services/core/registry.py).
 OPTIONS = {**dict(SERVER_OPTIONS), "grpc.http2.min_ping_interval_without_data_ms": 1_000}
 
 

@@ -22,9 +22,11 @@ from deploy.local import layout as at
 from deploy.local import parts
 from deploy.local.layout import Layout
 from lingqu.registry.v1 import instances_pb2 as pb
-from services.core.discovery import Registration, Registry, Replica, Watched
+from services.core.discovery import Replica
 from services.core.errors import StoreFull
 from services.core.lifecycle import CHANNEL_OPTIONS
+from services.core.registration import Registration
+from services.core.registry import Registry, Watched
 from services.core.tasks import background
 from services.registry.etcd import Etcd, Put
 from services.registry.instances import INSTANCES

@@ -23,7 +23,7 @@ from lingqu.publishing import Artifact, Publisher
 from lingqu.registry.v1 import models_pb2
 from pipeline.bundled import VECTOR_MODEL
 from pipeline.tensor import package_tensor
-from services.core.discovery import Registry
+from services.core.registry import Registry
 from services.inference.artifact import Manifest
 from tests.tensors import CONFIG, MODEL, made, pair, version_of
 from tests.waiting import until

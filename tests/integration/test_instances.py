@@ -10,8 +10,10 @@ import grpc
 import pytest
 
 from lingqu.registry.v1 import instances_pb2 as pb
-from services.core.discovery import READY, Hosted, Registration, Registry, Replica, VersionKey
+from services.core.discovery import READY, Hosted, Replica, VersionKey
 from services.core.errors import OutcomeUnknown, SlowWatcher
+from services.core.registration import Registration
+from services.core.registry import Registry
 from services.core.tasks import background
 from services.registry import mirror as mirrors
 from services.registry.etcd import Change, Etcd, Put, Record, Unchanged

@@ -11,7 +11,7 @@ import pytest
 
 from lingqu.registry.v1 import instances_pb2 as pb
 from lingqu.registry.v1 import models_pb2
-from services.core.discovery import Registry
+from services.core.registry import Registry
 from tests.conftest import EtcdServer
 from tests.registries import connected, refused, register
 

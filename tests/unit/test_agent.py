@@ -19,18 +19,9 @@ from bench.suite import ECHO
 from lingqu.cli.modelview import hosted
 from pipeline.package import Package
 from pipeline.tensor import package_tensor
-from services.core.discovery import (
-    FAILED,
-    LOADING,
-    READY,
-    Hosted,
-    Replica,
-    Version,
-    VersionKey,
-    to_instance,
-    to_replica,
-)
+from services.core.discovery import FAILED, LOADING, READY, Hosted, Replica, Version, VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed, InvalidInput
+from services.core.records import to_instance, to_replica
 from services.inference import agent as agent_module
 from services.inference import golden, latency, reporting, watchdog
 from services.inference import store as store_module

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from lingqu.registry.v1 import models_pb2
-from services.core.discovery import Model, VersionKey, to_model
+from services.core.discovery import Model, VersionKey
 from services.core.errors import BackendUnavailable, InvalidInput, ModelNotFound, VersionNotServed
+from services.core.records import to_model
 from services.inference.routing import Routing
 from tests.fakes import FakeText
 

@@ -11,9 +11,9 @@ from envoy.service.ratelimit.v3 import rls_pb2_grpc
 
 from lingqu.gateway.v1.limiter_pb2_grpc import add_LimiterServiceServicer_to_server
 from services.core.access import Access
-from services.core.discovery import Registry, Watched
 from services.core.errors import BackendUnavailable
 from services.core.limiters import Record, Session, addresses, watched_owners
+from services.core.registry import Registry, Watched
 from services.core.tasks import background
 from services.core.tls import Identity
 from services.gateway.limits.clock import clock

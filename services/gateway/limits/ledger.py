@@ -10,8 +10,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from lingqu.registry.v1 import ledger_pb2 as pb
 from lingqu.registry.v1.ledger_pb2_grpc import LedgerServiceStub
-from services.core.discovery import NO_ANSWER, Registry
 from services.core.errors import BackendUnavailable, Conflict, LeaseExpired
+from services.core.registry import NO_ANSWER, Registry
 from services.gateway.limits.cells import Writes
 
 # Less than a session lives, so that a registry that hangs is left in time.
