@@ -19,7 +19,8 @@ from services.core.access import Access, Record, access, watched_access
 from services.core.discovery import Model, Replica
 from services.core.registry import Registry, Watched
 from services.core.tasks import background
-from services.gateway.ads import Rejection, Snapshots
+from services.gateway.ads import Snapshots
+from services.gateway.deltas import Rejection
 from services.gateway.figures import REFUSED, Figures
 from services.gateway.filters import stack
 from services.gateway.hds import HealthDiscovery

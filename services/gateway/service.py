@@ -15,9 +15,10 @@ from services.core.identity import Caller
 from services.core.interceptors import Context
 from services.gateway.accounts import Accounts
 from services.gateway.admin import Conditions, conditions
-from services.gateway.ads import Ads, DataPlane
+from services.gateway.ads import Ads
 from services.gateway.control import ControlPlane
 from services.gateway.convert import to_explanation, to_question, to_routes
+from services.gateway.deltas import DataPlane
 from services.gateway.explain import explain
 from services.gateway.issuers import Issuers
 from services.gateway.keys import TTL_DEFAULT_S, PublicKey

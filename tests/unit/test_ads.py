@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
 from services.gateway import xds
-from services.gateway.ads import Ads, DataPlane, Rejection, Snapshots, Stream
+from services.gateway.ads import Ads, Snapshots
+from services.gateway.deltas import DataPlane, Rejection, Stream
 from services.gateway.listener import Entry
 from services.gateway.progress import Progress
 from services.gateway.resources import to_resource
