@@ -13,7 +13,6 @@ from opentelemetry.trace import NoOpTracerProvider, Tracer
 from starlette.applications import Starlette
 
 from services.core.discovery import Model, Version, VersionKey
-from services.inference.agent import TensorModel
 from services.inference.backends.jobs import Finish
 from services.inference.callers import Caller
 from services.inference.rest.app import rest_app
@@ -21,6 +20,7 @@ from services.inference.rest.permits import Permits, everything
 from services.inference.rest.server import serving_http
 from services.inference.rest.serving import EmbedJob, Models
 from services.inference.routing import Routing
+from services.inference.served import TensorModel
 from services.inference.text import Delta, GenerateJob, TextModel
 from services.inference.vectors import VectorModel, Vectors
 from tests.waiting import pause

@@ -12,28 +12,24 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from services.core.discovery import FAILED, LOADING, READY, Hosted, Version, VersionKey
 from services.core.errors import BackendUnavailable, DeadlinePassed, LingquError
 from services.inference import estimate, golden, memory, processes, reporting, sizing
 from services.inference.artifact import Manifest, unlike
-from services.inference.classifier import ClassifierModel
-from services.inference.encoder import CACHE_BYTES
 from services.inference.processes import Processes
+from services.inference.proving import Prover
 from services.inference.quarantine import Quarantine
-from services.inference.questions import AnswerModel
 from services.inference.repository import Repository
 from services.inference.requirements import Machine, Needs, unmet
-from services.inference.session import Session
+from services.inference.served import Limits, Served
 from services.inference.store import ArtifactRefused, ArtifactUnreachable, Store
 from services.inference.tensorrt.plan import BuildFailed, Plans, recipe
 from services.inference.text import TextModel
 from services.inference.triton import LoadFailed, Triton
-from services.inference.vectors import VectorModel
 from services.inference.watchdog import Watchdog
 from services.inference.weights import UnreadableWeights
 
@@ -49,30 +45,6 @@ class Refused(Exception):
 
 
 EXPECTED = (ArtifactRefused, LoadFailed, golden.GoldenMismatch, Refused)
-
-
-class TensorModel:
-    """A model that only Triton's own protocol reaches."""
-
-    def __init__(self, key: VersionKey) -> None:
-        self.key = key
-
-    async def close(self) -> None:
-        """Holds nothing open."""
-
-
-Served = TextModel | VectorModel | ClassifierModel | AnswerModel | TensorModel
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a model may use: a text model sequences in progress at once and bytes of KV cache, an encoder
-    bytes for what it computed before; and how long any engine may be silent while it has work."""
-
-    max_sequences: int
-    kv_cache_bytes: int = 1 << 30
-    engine_timeout_s: float = 30.0
-    cache_bytes: int = CACHE_BYTES
 
 
 class Agent:
@@ -104,7 +76,7 @@ class Agent:
         self._plans = plans
         self._processes = Processes(repository.root)
         self._watchdog = Watchdog(self._processes, limits.engine_timeout_s)
-        self._proving: dict[VersionKey, Served] = {}
+        self._prover = Prover(triton, repository.secret, limits, self._watchdog)
         self._records: dict[VersionKey, Version] = {}
         self._broken: set[VersionKey] = set()  # Triton says READY of them, and they are not
         self._ends: set[asyncio.Task[None]] = set()
@@ -197,13 +169,13 @@ class Agent:
         for key, found in broken.items():
             why = found.why
             self._watchdog.end(key)
-            model = self.served.pop(key, None) or self._proving.get(key)
+            model = self.served.pop(key, None) or self._prover.proving.get(key)
             self._broken.add(key)
             if (version := self._records.get(key)) is not None and found.blame and not blameless:
                 self._quarantine.strike(version, why)
             if isinstance(model, TextModel):
                 model.session.lose(why)
-            if model is not None and key not in self._proving:
+            if model is not None and key not in self._prover.proving:
                 if key in self._states:
                     self._set(Hosted(key, LOADING, f"{why}; loading it again"))
                 await model.close()
@@ -255,7 +227,7 @@ class Agent:
                 await self._triton_load(version)
             self._broken.add(key)  # until it has answered
             self._note(key, "checking its golden examples")
-            model = await self._proven(key, folder, manifest)
+            model = await self._prover.proven(key, folder, manifest)
             self._broken.discard(key)
         except (BackendUnavailable, DeadlinePassed) as err:
             log.warning("%s: %s; trying again", key, err)
@@ -299,18 +271,6 @@ class Agent:
         if (why := sizing.unfit(needed.footprint, self._available_bytes())) is not None:
             raise Refused(why)
 
-    async def _longest(self, folder: Path, manifest: Manifest) -> tuple[Callable[[int], str | None], int]:
-        """Why a sequence of so many tokens can never be computed here, None if it can; and how many tokens
-        the cache has room for, 0 if that is not known."""
-        cache = self._limits.kv_cache_bytes
-        try:
-            kv = (await asyncio.to_thread(estimate.of, folder, manifest, cache)).kv
-        except UnreadableWeights:
-            kv = None
-        if kv is None:
-            return lambda tokens: None, 0
-        return lambda tokens: sizing.never_fits(tokens, kv, cache), kv.longest(cache)
-
     async def _triton_load(self, version: Version) -> None:
         """A Triton that was there and is gone after that was, as far as anybody can tell, ended by it."""
         try:
@@ -323,58 +283,6 @@ class Agent:
         """The record's requirements before anything is fetched, the artifact's own before it is loaded."""
         if (reason := unmet(needs, version.runtime, self._machine)) is not None:
             raise ArtifactRefused(f"{version.uri}: {reason}")
-
-    async def _proven(self, key: VersionKey, folder: Path, manifest: Manifest) -> Served:
-        if manifest.text is not None:
-            unfit, kv_tokens = await self._longest(folder, manifest)
-            session = Session(self._triton, key, self._repository.secret, self._limits.max_sequences)
-            try:
-                text = TextModel(key, manifest.text, folder, session, unfit, kv_tokens)
-            except BaseException:  # a tokenizer or a template that cannot be read
-                await session.close()
-                raise
-            self._proving[key] = text
-            try:
-                await self._watchdog.watch(key, lambda: session.silent_s)
-                async with asyncio.timeout(golden.TIMEOUT_S):
-                    await golden.check_text(text, manifest)
-            except TimeoutError as err:
-                await text.close()
-                raise golden.GoldenMismatch(f"no golden answer within {golden.TIMEOUT_S:.0f} s") from err
-            except BaseException:
-                await text.close()
-                raise
-            finally:
-                del self._proving[key]
-            return text
-        pulse = self._triton.new_pulse(key)
-        await self._watchdog.watch(key, lambda: pulse.silent_s, lambda: pulse.ill)
-        proof = self._proof(key, folder, manifest)
-        if proof is None:
-            return TensorModel(key)
-        encoder, check = proof
-        self._proving[key] = encoder
-        try:
-            await check(manifest)
-        finally:
-            del self._proving[key]
-        return encoder
-
-    def _proof(
-        self, key: VersionKey, folder: Path, manifest: Manifest
-    ) -> tuple[Served, Callable[[Manifest], Awaitable[None]]] | None:
-        """The model, if its artifact describes an encoder, and how it proves itself."""
-        cache = self._limits.cache_bytes
-        if manifest.vector is not None:
-            vectors = VectorModel(key, manifest.vector, folder, self._triton, cache)
-            return vectors, partial(golden.check_vectors, vectors)
-        if manifest.classifier is not None:
-            labels = ClassifierModel(key, manifest.classifier, folder, self._triton, cache)
-            return labels, partial(golden.check_labels, labels)
-        if manifest.answerer is not None:
-            answers = AnswerModel(key, manifest.answerer, folder, self._triton)
-            return answers, partial(golden.check_answers, answers)
-        return None
 
     async def _retire(self, key: VersionKey) -> None:
         """Nobody wants the version, nobody is sent here for it any more: finish what runs, then unload."""

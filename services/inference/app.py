@@ -22,7 +22,7 @@ from services.core.settings import Address, Addresses, Labels, Settings, Trusted
 from services.core.tasks import background
 from services.core.telemetry import metering, tracing
 from services.inference.admission import Admission
-from services.inference.agent import Agent, Limits, TensorModel
+from services.inference.agent import Agent
 from services.inference.answers import Answers
 from services.inference.engines import Engines
 from services.inference.figures import KV_TOKENS, SLOTS, UP, Figures, gauge_labels
@@ -36,6 +36,7 @@ from services.inference.rest.permits import by_records
 from services.inference.rest.server import serving_http
 from services.inference.rest.serving import Models, admitted
 from services.inference.routing import Routing
+from services.inference.served import Limits, TensorModel
 from services.inference.service import Inference
 from services.inference.store import Store
 from services.inference.tensorrt.builder import SubprocessBuilder

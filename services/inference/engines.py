@@ -11,7 +11,6 @@ from typing import Any
 import grpc
 
 from services.core.discovery import VersionKey
-from services.inference.agent import Served
 from services.inference.backends import wire
 from services.inference.figures import (
     ENGINE_CACHE,
@@ -22,6 +21,7 @@ from services.inference.figures import (
     Figures,
     gauge_labels,
 )
+from services.inference.served import Served
 from services.inference.text import TextModel
 from services.inference.triton import Triton, command_request
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from services.core.discovery import Model, VersionKey
 from services.core.errors import BackendUnavailable, InvalidInput, ModelNotFound, VersionNotServed
-from services.inference.agent import Served
+from services.inference.served import Served
 
 
 class Routing:

@@ -12,12 +12,12 @@ from services.core.errors import Unsupported, WrongTask
 from services.core.interceptors import Context
 from services.inference import convert, convert_tasks
 from services.inference.admission import Admission
-from services.inference.agent import Served, TensorModel
 from services.inference.callers import answering, caller
 from services.inference.classifier import ClassifierModel
 from services.inference.generation import Generation
 from services.inference.questions import AnswerModel
 from services.inference.routing import Routing
+from services.inference.served import Served, TensorModel
 from services.inference.text import Delta, TextModel
 from services.inference.vectors import VectorModel
 

@@ -23,14 +23,16 @@ from services.core.discovery import FAILED, LOADING, READY, Hosted, Replica, Ver
 from services.core.errors import BackendUnavailable, DeadlinePassed, InvalidInput
 from services.core.records import to_instance, to_replica
 from services.inference import agent as agent_module
-from services.inference import golden, latency, reporting, watchdog
+from services.inference import golden, latency, proving, reporting, watchdog
 from services.inference import store as store_module
-from services.inference.agent import Agent, Limits
+from services.inference.agent import Agent
 from services.inference.artifact import GoldenText, LatencyBudget
 from services.inference.processes import STUB, Processes
+from services.inference.proving import Prover
 from services.inference.quarantine import Quarantine
 from services.inference.repository import Repository
 from services.inference.requirements import Machine
+from services.inference.served import Limits
 from services.inference.store import Store
 from services.inference.triton import LoadFailed
 from services.inference.watchdog import Pulse, Watchdog
@@ -278,7 +280,7 @@ async def test_what_does_not_load_is_refused_once(tmp_path: Path, package: Packa
 
 
 async def test_a_text_model_that_cannot_be_read_leaves_no_session(
-    tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chat template with a mistake, a tokenizer that is none."""
     closed = asyncio.Event()
@@ -289,13 +291,14 @@ async def test_a_text_model_that_cannot_be_read_leaves_no_session(
     def unreadable(*_arguments: object) -> None:
         raise ValueError("unexpected end of template")
 
-    monkeypatch.setattr(agent_module, "Session", lambda *_: SimpleNamespace(close=close))
-    monkeypatch.setattr(agent_module, "TextModel", unreadable)
-    lab = Lab(tmp_path, package)
+    monkeypatch.setattr(proving, "Session", lambda *_: SimpleNamespace(close=close))
+    monkeypatch.setattr(proving, "TextModel", unreadable)
+    monkeypatch.setattr(proving.estimate, "of", lambda *_: SimpleNamespace(kv=None))
+    nothing: Any = None
+    prover = Prover(nothing, "secret", Limits(max_sequences=1), nothing)
     manifest: Any = SimpleNamespace(text=object())
-    monkeypatch.setattr(agent_module.estimate, "of", lambda *_: SimpleNamespace(kv=None))
     with pytest.raises(ValueError, match="end of template"):
-        await lab.agent._proven(KEY, tmp_path, manifest)
+        await prover.proven(KEY, tmp_path, manifest)
     assert closed.is_set()
 
 
