@@ -29,6 +29,16 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"", length: int 
     return size.to_bytes(3, "big") + struct.pack(">BBI", kind, flags, stream) + payload
 
 
+def of_stream(frames: bytes, stream: int) -> bytes:
+    """The same frames on another stream."""
+    out, at = b"", 0
+    while at < len(frames):
+        end = at + 9 + int.from_bytes(frames[at : at + 3], "big")
+        out += frames[at : at + 5] + struct.pack(">I", stream) + frames[at + 9 : end]
+        at = end
+    return out
+
+
 def block(headers: Headers) -> bytes:
     """A header block without compression: literal fields that nobody indexes."""
     return b"".join(

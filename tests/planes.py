@@ -90,7 +90,7 @@ class Backend(grpc.GenericRpcHandler):
 @asynccontextmanager
 async def raw_server(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> Any:
     """The address of a TCP server that speaks whatever `serve` does."""
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024)
     async with server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 

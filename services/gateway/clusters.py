@@ -115,12 +115,14 @@ _UPSTREAM_CODEC = {
     },
 }
 
+# The caches of a replica that has come are cold, and its engine has to warm up.
+SLOW_START: dict[str, Any] = {
+    "slow_start_window": f"{SLOW_START_S}s",
+    "min_weight_percent": {"value": 10},
+}
 _LEAST_REQUESTS: dict[str, Any] = {
     "lb_policy": "LEAST_REQUEST",
-    "least_request_lb_config": {
-        # Its caches are cold, and its engine has to warm up.
-        "slow_start_config": {"slow_start_window": f"{SLOW_START_S}s", "min_weight_percent": {"value": 10}}
-    },
+    "least_request_lb_config": {"slow_start_config": SLOW_START},
 }
 # The ring is small, since there are many clusters and few replicas of each. A replica with more than 1.5
 # times the mean of requests in progress passes what is over on to the next on the ring.

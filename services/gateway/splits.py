@@ -123,8 +123,13 @@ def _fallback(service: str, targets: Sequence[Target], spare: Sequence[Target]) 
         "typed_per_filter_config": {**route.get("typed_per_filter_config", {}), **checked},
         "metadata": {"filter_metadata": {**route["metadata"]["filter_metadata"], **named}},
         "request_headers_to_add": added(told),
-        "response_headers_to_add": added({FALLBACK_HEADER: best.model}),
+        "response_headers_to_add": added({FALLBACK_HEADER: _if_answered(best.model)}),
     }
+
+
+def _if_answered(text: str) -> str:
+    """A header's value that only answers of backends have, and Envoy's own have not: they are no model's."""
+    return f"%CEL(response.code_details == 'via_upstream' ? '{text}' : '')%"
 
 
 def _able(service: str, target: Target) -> bool:

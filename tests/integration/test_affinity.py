@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lingqu.inference.v1 import inference_pb2 as pb
+from services.gateway import clusters
 from tests.dataplane import DataPlane, FakeReplica, dataplane, model, replicas
 from tests.waiting import pause, until
 
@@ -132,6 +133,20 @@ async def test_without_affinity_the_least_busy_replica_is_asked(gate: Gate, plan
     answers = Counter([(await task).id for task in pending])
     assert answers["a"] < 40
     assert min(answers[name] for name in "bcd") > 30
+
+
+async def test_a_replica_that_has_come_gets_its_share_slowly(
+    gate: Gate, plane: DataPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caches are cold: of requests that everybody has room for, it gets few at first."""
+    old, new, models = gate[1][:3], gate[1][3], [model("young", {1: 100}, task="embed")]
+    monkeypatch.setitem(clusters.SLOW_START, "slow_start_window", "2s")
+    await plane.publish([host.hosting(("young", 1)) for host in old], models)
+    await pause(2.1, "they have come long ago")
+    await plane.publish([host.hosting(("young", 1)) for host in gate[1]], models)
+    answers = Counter([(await plane.infer("young")).id for _ in range(60)])
+    assert answers[new.name] < 60 / 4 / 2
+    assert min(answers[host.name] for host in old) > 60 / 4
 
 
 async def test_large_prompts_pass(plane: DataPlane) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 
 import grpc
+import httpx2 as httpx
 import pytest
 
 from lingqu.inference.v1 import inference_pb2 as pb
@@ -154,6 +155,32 @@ async def test_an_answer_that_breaks_off_is_not_begun_again(gate: Plane, backend
         await call.read()
     assert broken.value.code() in (UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
     assert backends[0].asked + backends[1].asked == 1
+
+
+async def test_no_hidden_cap_of_connections_holds_requests_up(gate: Plane) -> None:
+    """production-stack #767: a pool of a hundred. Each of these needs a connection of its own."""
+    waiting, number = [], 300
+    all_there = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        waiting.append(writer)
+        if len(waiting) == number:
+            all_there.set()
+        await all_there.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
+        await writer.drain()
+        writer.close()
+
+    async with raw_server(answer) as http:
+        await gate.show([hosting("r0", http, M, http=http)], [model("m", 100)])
+        limits = httpx.Limits(max_connections=None)
+        headers = {"authorization": f"Bearer {gate.keys.mint('c').key}"}
+        async with httpx.AsyncClient(
+            base_url=f"http://{gate.entry.listen}", headers=headers, limits=limits, trust_env=False
+        ) as client:
+            asked = (client.post("/v1/completions", json={"model": "m"}, timeout=10) for _ in range(number))
+            assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
 
 
 async def test_retries_are_no_storm(gate: Plane, backends: list[Backend]) -> None:

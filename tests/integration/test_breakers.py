@@ -12,11 +12,13 @@ from dataclasses import replace
 import grpc
 import httpx2 as httpx
 import pytest
+from tritonclient.grpc import service_pb2 as oip
 
 from services.core.access import Access, Client
 from services.core.discovery import Protection, VersionKey
 from services.gateway import breakers
 from services.gateway.breakers import Phase
+from tests.gates import INFER, RestBackend
 from tests.planes import Backend, Caller, Plane, hosting, model, plane
 from tests.waiting import forever, pause, until
 
@@ -214,6 +216,7 @@ async def test_nobody_reaches_by_fallback_what_it_may_not_call(gate: Plane, back
             if not answer.ok:
                 assert answer.details["ErrorInfo"].reason == "BACKEND_UNAVAILABLE"
                 assert answer.details["RetryInfo"].retry_delay.seconds == 1
+                assert "x-lingqu-fallback" not in answer.headers
         return found
 
     everything, one = Client("all", ("*",)), Client("one", ("m",))
@@ -223,3 +226,75 @@ async def test_nobody_reaches_by_fallback_what_it_may_not_call(gate: Plane, back
     assert backends[1].asked == 3
     found = await answers(everything, replace(one, models=("m", "sp*")))
     assert found == {**allowed, "one": "spare", "key for one": "UNAVAILABLE"}
+
+
+async def test_over_rest_too_nobody_reaches_by_fallback_what_it_may_not_call(
+    gate: Plane, backends: list[Backend]
+) -> None:
+    """By OpenAI's paths and by our own, each in its own form."""
+    rest = RestBackend()
+    async with rest.serving() as http:
+        spare = hosting("s", backends[1].address, VersionKey("spare", 1), http=http)
+        models = [model("m", 100, protection=Protection(fallback="spare")), model("spare", 100)]
+        await gate.show([spare], models, Access((Client("all", ("*",)), Client("one", ("m",)))))
+        keys = {name: gate.keys.mint(name).key for name in ("all", "one")}
+        keys["key for one"] = gate.keys.mint("all", models=("m",)).key
+        async with httpx.AsyncClient(base_url=f"http://{gate.entry.listen}", trust_env=False) as client:
+
+            async def asked(name: str, path: str) -> httpx.Response:
+                headers = {"authorization": f"Bearer {keys[name]}"}
+                return await client.post(path, json={"model": "m", "prompt": "x"}, headers=headers)
+
+            for path in ("/v1/completions", "/v1/models/m:generate"):
+                allowed = await asked("all", path)
+                assert (allowed.status_code, allowed.headers["x-lingqu-fallback"]) == (200, "spare")
+                reached = len(rest.calls), backends[1].asked
+                for name in ("one", "key for one"):
+                    refused = await asked(name, path)
+                    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+                    assert "x-lingqu-fallback" not in refused.headers
+                    body = refused.json()
+                    if path == "/v1/completions":
+                        assert body["error"]["code"] == "backend_unavailable"
+                    else:
+                        assert body["code"] == UNAVAILABLE.value[0]
+                        assert body["details"][0]["reason"] == "BACKEND_UNAVAILABLE"
+                assert (len(rest.calls), backends[1].asked) == reached
+    assert [call.headers["x-lingqu-fallback"] for call in rest.calls] == ["spare"]
+
+
+async def test_tensors_fall_back_to_another_version_and_never_to_another_model(
+    gate: Plane, backends: list[Backend]
+) -> None:
+    """Another version has the same inputs and outputs; what another model has, nobody here knows."""
+    spare = hosting("s", backends[1].address, VersionKey("spare", 1))
+    one, two = hosting("r1", backends[0].address, ONE), hosting("r2", backends[1].address, TWO)
+    models = [model("m", 50, 50, protection=Protection(fallback="spare")), model("spare", 100)]
+    await gate.show([one, two, spare], models)
+    caller = await gate.caller("c")
+    infer = caller.channel.unary_unary(INFER)
+    request = oip.ModelInferRequest(model_name="m").SerializeToString()
+    metadata = (("authorization", f"Bearer {caller.key}"),)
+
+    async def asked(times: int) -> list[object]:
+        calls = (infer(request, metadata=metadata, timeout=10) for _ in range(times))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    async def opened() -> bool:
+        await asked(30)
+        return phase(gate, 2) is Phase.OPEN
+
+    async def settled() -> bool:
+        return not any(isinstance(answer, Exception) for answer in await asked(20))
+
+    backends[1].before = fail
+    await until(opened, "the breaker of the second version opens")
+    await until(settled, "all go to the first version", every_s=0.01)
+
+    await gate.show([spare], models)
+    backends[1].before, reached = None, backends[1].asked
+    (refused,) = await asked(1)
+    assert isinstance(refused, grpc.aio.AioRpcError)
+    assert refused.code() is UNAVAILABLE
+    assert backends[1].asked == reached
+    assert (await caller.ask("m")).headers["x-lingqu-fallback"] == "spare"

@@ -4,6 +4,7 @@ gives nothing away, keeps its memory, and goes on serving."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 import time
 from collections.abc import AsyncIterator
@@ -325,29 +326,58 @@ async def test_rapid_resets_end_the_connection(gateway: Gateway) -> None:
     await connection.close()
 
 
+PROVOKING = {
+    "a window update by nothing": frame(http2.WINDOW_UPDATE, 0, 1, b"\x00" * 4),
+    "a window that overflows": frame(http2.WINDOW_UPDATE, 0, 1, b"\x7f\xff\xff\xff"),
+    "data behind the end": frame(http2.DATA, http2.END_STREAM, 1, b"") + frame(http2.DATA, 0, 1, b"x"),
+    "headers behind the end": frame(http2.DATA, http2.END_STREAM, 1, b"")
+    + frame(http2.HEADERS, http2.END_HEADERS, 1, b"\x82"),
+}
+
+
+@pytest.mark.parametrize("name", PROVOKING)
+async def test_resets_that_envoy_is_provoked_to_end_the_connection(gateway: Gateway, name: str) -> None:
+    """CVE-2025-8671: the client breaks the rules of its streams, so that it need not reset them itself."""
+    connection = await Connection.open(gateway.address)
+    headers = asking(gateway)
+    for stream in range(1, 20_001, 2):
+        provoking = http2.of_stream(PROVOKING[name], stream)
+        await connection.send(frame(http2.HEADERS, http2.END_HEADERS, stream, headers) + provoking)
+        if connection.closed.is_set():
+            break
+    async with asyncio.timeout(MARGIN_S):
+        await connection.closed.wait()
+    assert not gateway.backend.asked
+    await connection.close()
+
+
 @pytest.mark.parametrize(
     "piece",
     [
         frame(http2.SETTINGS, 0, 0), frame(http2.PING, 0, 0, b"12345678"),
         frame(http2.PRIORITY, 0, 1, b"\x00\x00\x00\x03\x10"),
-        frame(http2.WINDOW_UPDATE, 0, 1, b"\x00\x00\x00\x01"),
+        frame(http2.WINDOW_UPDATE, 0, 1, b"\x00\x00\x00\x01"), frame(http2.DATA, 0, 1),
     ],
-    ids=["settings", "pings", "priorities", "windows"],
+    ids=["settings", "pings", "priorities", "windows", "empty data"],
 )  # fmt: skip
 async def test_floods_of_frames_that_carry_nothing_end_the_connection(gateway: Gateway, piece: bytes) -> None:
-    _, writer = await asyncio.open_connection(*gateway.address.split(":"))
+    reader, writer = await asyncio.open_connection(*gateway.address.split(":"))
     writer.write(http2.PREFACE + frame(http2.SETTINGS, 0, 0))
     writer.write(frame(http2.HEADERS, http2.END_HEADERS, 1, asking(gateway)))
     before = gateway.memory
     try:
         for _ in range(3_000):
-            writer.write(piece * 100)  # and never read what is answered
-            async with asyncio.timeout(MARGIN_S):
+            writer.write(piece * 100)  # and read nothing of what is answered
+            async with asyncio.timeout(1):
                 await writer.drain()
     except (TimeoutError, ConnectionError):
         pass
-    writer.transport.abort()
     assert gateway.memory - before < GROWTH_BYTES
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(MARGIN_S):
+            while await reader.read(1 << 16):
+                pass
+    writer.transport.abort()
 
 
 async def test_more_streams_than_allowed_are_refused_not_stored(gateway: Gateway) -> None:
