@@ -26,6 +26,7 @@ from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Addresses, Settings
 from services.core.tasks import background
+from services.inference.rest.connection import Patience
 from services.inference.rest.server import serving_http
 from services.metrics import priority, receivers, scaler
 from services.metrics.alerts.archive import Archive
@@ -58,6 +59,8 @@ SERVICES = (
 )
 MAX_EXPORT_BYTES = 16 << 20
 RETAIN_EVERY_S = 3600.0
+# Exports in progress are few (http.py): who takes long over one keeps others out.
+PATIENCE = Patience(body=20.0)
 
 
 def _store_url(value: str) -> str:
@@ -181,7 +184,9 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         logs_service_pb2_grpc.add_LogsServiceServicer_to_server(receivers.Logs(intake), server)
         als_pb2_grpc.add_AccessLogServiceServicer_to_server(receivers.AccessLog(intake), server)
         await stack.enter_async_context(serving(server, cfg.metrics_listen, SERVICES, cfg.grace_s))
-        await stack.enter_async_context(serving_http(otlp_app(intake), cfg.metrics_http_listen, cfg.grace_s))
+        await stack.enter_async_context(
+            serving_http(otlp_app(intake), cfg.metrics_http_listen, cfg.grace_s, patience=PATIENCE)
+        )
         tritons = (cfg.metrics_tritons or "").split(",") if cfg.metrics_tritons else ()
         measured = measure(intake, Host(cfg.metrics_folder), Gpus(), tritons, cfg.metrics_every_s)
         await stack.enter_async_context(background(measured, _retain(kept, cfg), alerts.run()))

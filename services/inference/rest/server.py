@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from services.core import tls
 from services.core.tls import Identity
+from services.inference.rest.connection import AS_AT_THE_GATEWAY, Patience, connections
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,19 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def serving_http(
-    app: ASGIApp, listen: str, grace_s: float, identity: Identity | None = None
+    app: ASGIApp,
+    listen: str,
+    grace_s: float,
+    identity: Identity | None = None,
+    patience: Patience = AS_AT_THE_GATEWAY,
 ) -> AsyncIterator[str]:
     """Serve `app` on `listen` until the end of the block; what is in progress then may go on for `grace_s`.
-    With an identity only other parts are answered. Yields the address. Raises OSError if it is taken."""
+    With an identity only other parts are answered. `patience` is what clients have to say their requests in.
+    Yields the address. Raises OSError if it is taken."""
     bound = _bound(listen)
     config = uvicorn.Config(
         app,
+        http=connections(patience),
         log_config=None,
         log_level="warning",
         access_log=False,
