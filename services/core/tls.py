@@ -1,8 +1,8 @@
 """Who a part is to the other parts: mutual TLS for every connection between them, with certificates of one CA
 that signs nobody else's. Without an identity connections are plain, for parts that share a machine or a mesh.
 
-Servers look at their files at every handshake, so that a certificate that was renewed is used without a
-restart; connections that are there go on. A client reads its files once, when it makes a channel."""
+A certificate that was renewed is used without a restart: servers look at their files at every handshake,
+clients when a call begins (renewal.py). Connections that are there go on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
+from services.core.renewal import RenewedChannel
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +41,18 @@ class Identity:
 
 
 def channel(address: str, options: Options, identity: Identity | None = None) -> grpc.aio.Channel:
-    """To another part, whose certificate has to name the address that is dialled."""
+    """To another part, whose certificate has to name the address that is dialled. Raises OSError if the
+    identity cannot be read."""
     if identity is None:
         return grpc.aio.insecure_channel(address, options=options)
-    certificate, key, ca = identity.read()
-    credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-    return grpc.aio.secure_channel(address, credentials, options=options)
+
+    def made() -> grpc.aio.Channel:
+        renew(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), identity)  # gRPC would take a wrong key without a word
+        certificate, key, ca = identity.read()
+        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+        return grpc.aio.secure_channel(address, credentials, options=options)
+
+    return RenewedChannel(made, lambda: identity.written)
 
 
 def listen(server: grpc.aio.Server, address: str, identity: Identity | None = None) -> int:

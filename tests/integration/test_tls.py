@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import httpx2 as httpx
+import psutil
 import pytest
 from cryptography import x509
 from envoy.service.discovery.v3 import ads_pb2_grpc
@@ -22,7 +23,7 @@ from pydantic import ValidationError
 from deploy.local.layout import ENVOY_ADMIN, PUBLIC, Layout
 from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
-from services.core import tls
+from services.core import renewal, tls
 from services.core.authority import Authority
 from services.core.tls import Identity
 from services.gateway.ads import Ads, Snapshots
@@ -239,6 +240,56 @@ async def test_a_server_uses_what_its_files_say_now(tmp_path: Path) -> None:
         async with tls.channel(address, [], caller) as channel:
             stub: Any = InferenceServiceStub(channel)
             assert (await stub.Generate(pb.GenerateRequest(model=TEXT, prompt="x"))).text == "x"
+
+
+async def test_a_client_uses_what_its_files_say_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that begin after a renewal show the new certificate; a stream goes on with the old one."""
+    monkeypatch.setattr(renewal, "LOOK_S", 0.0)
+    parts = Authority.at(tmp_path)
+    own, caller = identity(parts, tmp_path, "inference"), identity(parts, tmp_path, "gateway")
+    seen: list[int] = []
+
+    class Noting(Backend):
+        def _heard(self, request: Any, context: Any, *, streams: bool = False) -> None:
+            (pem,) = context.auth_context()["x509_pem_cert"]
+            seen.append(x509.load_pem_x509_certificate(pem).serial_number)
+
+    backend = Noting()
+    async with gateways.serving(backend, own) as address, tls.channel(address, [], caller) as channel:
+        stub: Any = InferenceServiceStub(channel)
+
+        async def shown() -> int:
+            await stub.Generate(pb.GenerateRequest(model=TEXT, prompt="x"), timeout=5)
+            return seen[-1]
+
+        stream = stub.StreamGenerate(pb.GenerateRequest(model=TEXT, prompt="one two"), timeout=20)
+        assert (await stream.read()).text == "one"
+        first = await shown()
+        assert seen == [first, first]
+
+        caller.certificate.write_bytes(b"half wri")
+        assert await shown() == first
+        identity(parts, tmp_path, "other")
+        caller.key.write_bytes((tmp_path / "other-key.pem").read_bytes())
+        assert await shown() == first
+
+        identity(parts, tmp_path, "gateway")
+        second = await shown()
+        assert second != first
+        assert await shown() == second
+        assert _connections(address) == 2
+        backend.hold.set()
+        assert (await stream.read()).text == "two"
+        assert await stream.code() == grpc.StatusCode.OK
+        del stream  # gRPC keeps a connection as long as somebody has a call of it
+        await until(lambda: _connections(address) == 1, "the former connection is closed")
+
+
+def _connections(address: str) -> int:
+    """How many this process has to an address of its own."""
+    port = int(address.rpartition(":")[2])
+    found = psutil.Process().net_connections("tcp")
+    return sum(c.status == "ESTABLISHED" and bool(c.raddr) and c.raddr.port == port for c in found)
 
 
 async def test_rest_of_inference_asks_for_a_certificate_and_renews_its_own(tmp_path: Path) -> None:
