@@ -152,7 +152,8 @@ def _chosen(model: Model, targets: list[Target], kind: str, wanted: str) -> Expl
     shadow = numbers.get(model.shadow)
     if shadow is None:
         return Explanation(rule, choices)
-    copies = _choice(shadow, kind, model.shadow_percent / 100)
+    own = sum(choice.probability for choice in choices if choice.version == model.shadow)
+    copies = _choice(shadow, kind, model.shadow_percent / 100 * (1 - own))  # of the others' requests
     copy = Choice(copies.version, f"{SHADOW}/{copies.cluster}", copies.probability, copies.endpoints)
     return Explanation(rule, choices, copies=copy)
 

@@ -11,6 +11,8 @@ KEY_MODELS_HEADER = "x-lingqu-key-models"
 CERTIFICATE_HEADER = "x-lingqu-certificate"
 # On copies for a shadow version, whose answers nobody sees.
 SHADOW_HEADER = "x-lingqu-shadow"
+# What a request that may be copied and its copy have in common.
+PAIR_HEADER = "x-lingqu-pair"
 # The model that answers in place of the one that was asked for; on answers, too.
 FALLBACK_HEADER = "x-lingqu-fallback"
 # The most urgent class that the client's requests may have.
@@ -27,6 +29,7 @@ OWN_HEADERS = (
     KEY_MODELS_HEADER,
     CERTIFICATE_HEADER,
     SHADOW_HEADER,
+    PAIR_HEADER,
     PREFIX_HEADER,
     FALLBACK_HEADER,
     MAX_PRIORITY_HEADER,

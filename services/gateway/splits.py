@@ -14,6 +14,7 @@ from services.gateway.filters import model, versions
 from services.gateway.headers import (
     FALLBACK_HEADER,
     MODEL_HEADER,
+    PAIR_HEADER,
     PREFIX_HEADER,
     SESSION_HEADER,
     SHADOW_HEADER,
@@ -51,7 +52,12 @@ def branch(
     weighted = [target for target in targets if target.percent or target.share_key]
     got, refused = breakers.shares((target.percent, target.admits) for target in weighted)
     keys = [target.share_key for target in weighted]
-    shares = [(_route(service, t, mirrors), share) for t, share in zip(weighted, got, strict=True)]
+    shadow = known.shadow if known is not None else 0
+    shares = [
+        # Nobody learns anything of copies that a version gets of its own requests.
+        (_route(service, t, mirrors if t.version != shadow else []), share)
+        for t, share in zip(weighted, got, strict=True)
+    ]
     fallback = _fallback(service, targets, spare)
     if fallback and not any(_able(service, target) for target in weighted):
         shares, refused, keys = [], 100, []
@@ -168,6 +174,8 @@ def _route(
         told = {VERSION_HEADER: version}
         if service == REST_SERVICE:
             told[MODEL_HEADER] = target.model
+        if mirrors:
+            told[PAIR_HEADER] = "%UNIQUE_ID%"
         route["request_headers_to_add"] = added(told)
         if target.affinity != "none":
             to["hash_policy"] = _HASHES

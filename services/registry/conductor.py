@@ -56,7 +56,7 @@ class Conductor:
             )
             rollout.create_time.GetCurrentTime()
             rollout.step_time.CopyFrom(rollout.create_time)
-            after = traffic.canary(model, stable, version, plan.steps[0].percent)
+            after = traffic.canary(model, stable, version, plan.steps[0].percent, plan.shadow_percent)
             basis = self._releases.admissible(model, after)
             pace = await self._releases.pace(model)
             timed = await self._timed(rollout, rollouts.wait_s(rollout))
@@ -143,7 +143,8 @@ class Conductor:
         rollout.waited, rollout.detail = False, why
         rollout.step_time.GetCurrentTime()
         percent = rollout.plan.steps[rollout.step].percent
-        after = traffic.canary(model, rollout.from_version, rollout.version, percent)
+        copies = rollout.plan.shadow_percent
+        after = traffic.canary(model, rollout.from_version, rollout.version, percent, copies)
         basis = self._releases.basis(model, after)
         timed = await self._timed(rollout, rollouts.wait_s(rollout))
         await self._onward(model, after, why, basis, timed, guard)

@@ -26,10 +26,11 @@ def all_to(model: pb.Model, version: int) -> pb.Traffic:
     return _traffic({version: 100}, 0, {**names, STABLE: version})
 
 
-def canary(model: pb.Model, stable: int, version: int, percent: int) -> pb.Traffic:
-    """A step of a rollout."""
+def canary(model: pb.Model, stable: int, version: int, percent: int, shadow_percent: int = 0) -> pb.Traffic:
+    """A step of a rollout, with so many percent of the stable version's requests copied to the other one."""
     names = {**model.traffic.aliases, STABLE: stable, CANARY: version}
-    return _traffic({stable: 100 - percent, version: percent}, 0, names)
+    shadow = version if shadow_percent else 0
+    return _traffic({stable: 100 - percent, version: percent}, shadow, names, shadow_percent)
 
 
 def named(model: pb.Model, alias: str, version: int) -> pb.Traffic:

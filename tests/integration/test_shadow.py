@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,33 @@ async def test_copies_say_that_they_are_and_for_which_version(gate: Gate) -> Non
     for seen in live.seen:
         assert "x-lingqu-shadow" not in seen.headers
         assert seen.headers.get("x-lingqu-model-version", "1") == "1"
+
+
+async def test_a_copy_is_known_to_belong_to_its_original(gate: Gate) -> None:
+    """By a header that no client chooses."""
+    plane, live, shadow = gate
+    forged = {"x-lingqu-pair": "mine"}
+    await asyncio.gather(*(plane.generate("m", **forged) for _ in range(20)), plane.chat("m"))
+    await until(lambda: len(shadow.seen) == 21, "copies of all")
+    originals, copies = (
+        sorted(seen.headers["x-lingqu-pair"] for seen in replica.seen) for replica in (live, shadow)
+    )
+    assert originals == copies
+    assert len(set(copies)) == 21
+    assert "mine" not in copies
+
+
+async def test_a_version_gets_no_copies_of_its_own_requests(gate: Gate) -> None:
+    """While it is rolled out it has both, a share and copies of the rest."""
+    plane, live, shadow = gate
+    found = [live.hosting(("m", 1)), shadow.hosting(("m", 2))]
+    await plane.publish(found, [model("m", {1: 50, 2: 50}, 2, shadow=2)])
+    versions = Counter([(await plane.generate("m")).model_version for _ in range(60)])
+    await until(lambda: len(shadow.seen) == versions["2"] + versions["1"], "its own, and copies of the rest")
+    own = [seen for seen in shadow.seen if "x-lingqu-shadow" not in seen.headers]
+    assert len(own) == versions["2"]
+    assert all("x-lingqu-pair" not in seen.headers for seen in own)
+    assert len(shadow.seen) == 60
 
 
 async def test_who_asks_for_a_version_is_not_copied(gate: Gate) -> None:
