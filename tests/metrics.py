@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from deploy.local import layout as at
 from deploy.local.layout import Layout
@@ -71,7 +72,9 @@ class Service:
 
 
 @asynccontextmanager
-async def running(folder: Path, listen: str = "", store: Memory | None = None) -> AsyncIterator[Service]:
+async def running(
+    folder: Path, listen: str = "", store: Memory | None = None, **settings: Any
+) -> AsyncIterator[Service]:
     layout = Layout(folder, free_offset())
     store = store or Memory()
     cfg = MetricsSettings(
@@ -80,6 +83,7 @@ async def running(folder: Path, listen: str = "", store: Memory | None = None) -
         metrics_folder=folder,
         metrics_every_s=0.2,
         grace_s=0.5,
+        **settings,
     )
     async with service_running(cfg, store) as intake:
         intake.writer._window_s = 0.02  # tests are in a hurry

@@ -102,7 +102,7 @@ class Api:
 @asynccontextmanager
 async def served(etcd: EtcdServer, **settings: Any) -> AsyncIterator[Api]:
     """A registry on `etcd`, in this process."""
-    address = f"127.0.0.1:{8082 + free_offset()}"
+    address = settings.pop("registry_listen", f"127.0.0.1:{8082 + free_offset()}")
     cfg = RegistrySettings(registry_listen=address, etcd=etcd.address, grace_s=0.1, **settings)
     async with running(cfg), grpc.aio.insecure_channel(address) as channel:
         yield Api(channel, address)

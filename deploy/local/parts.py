@@ -129,6 +129,7 @@ def metrics(layout: Layout, options: Options) -> Part:
             "LINGQU_METRICS_HTTP_LISTEN": layout.address(at.METRICS_HTTP),
             "LINGQU_METRICS_FOLDER": str(layout.state / "metrics"),
             "LINGQU_METRICS_TRITONS": ",".join(tritons),
+            "LINGQU_REGISTRY": layout.address(at.REGISTRY),
             "LINGQU_METRICS_NICE": "10",  # where processors are short, it goes behind what it measures
             "LINGQU_JWKS": str(layout.jwks),
             "LINGQU_AUDIT_LOG": str(layout.audit("metrics")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -33,6 +33,20 @@ def start(
         list[str] | None,
         typer.Option(help="PERCENT:WAIT, as 10:5m; repeatable. Default: 5:10m, 25:10m, 50:10m."),
     ] = None,
+    shadow: Annotated[
+        int,
+        typer.Option(
+            help="Percent of the requests to the other version that are copied to it, to compare answers.",
+            min=0,
+            max=100,
+        ),
+    ] = 0,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the metrics service allows, as slowdown=2, cosine_distance=0.05 or off; repeatable."
+        ),
+    ] = None,
     guard: Annotated[
         list[str] | None,
         typer.Option(help="Figure of the verdicts, as error_rate<=0.02 or agreement>=0.98@500; repeatable."),
@@ -45,13 +59,18 @@ def start(
     load_timeout: Timeout = 120.0,
     output: Output = Format.table,
 ) -> None:
-    """Start a rollout: `lingqu rollouts start m 2 --step 10:5m --guard 'error_rate<=0.02@100'`."""
+    """Start a rollout: `lingqu rollouts start m 2 --step 10:5m --guard 'error_rate<=0.02@100'`.
+
+    With `--shadow 100 --step 0:10m --step 10:5m` it begins with copies only, whose answers nobody sees.
+    """
     steps = [_step(text) for text in step or ("5:10m", "25:10m", "50:10m")]
     plan = rollouts_pb2.RolloutPlan(
         steps=steps,
         guards=[_guard(text) for text in guard or ()],
         require_pass=require_pass,
         verdict_timeout=_duration(timeout),
+        shadow_percent=shadow,
+        judgement=_judgement(judge or ()),
     )
     request = rollouts_pb2.StartRolloutRequest(
         model=name, version=version, plan=plan, reason=reason, request_id=uuid.uuid4().hex
@@ -148,7 +167,10 @@ def _tell(rollout: rollouts_pb2.Rollout, output: Format) -> None:
     for index, step in enumerate(rollout.plan.steps):
         running = rollout.state == rollouts_pb2.ROLLOUT_STATE_RUNNING and index == rollout.step
         mark = f"← since {when(rollout.step_time)} UTC" if running else ""
-        out.print(f"  step {index + 1}    {step.percent} % for {step.wait.seconds} s {mark}".rstrip())
+        share = f"{step.percent} %" if step.percent else "copies only,"
+        out.print(f"  step {index + 1}    {share} for {step.wait.seconds} s {mark}".rstrip())
+    if rollout.plan.shadow_percent:
+        out.print(f"  copies    {rollout.plan.shadow_percent} % of what version {rollout.from_version} gets")
     for guard in rollout.plan.guards:
         low = f" ≥ {guard.min:g}" if guard.HasField("min") else ""
         high = f" ≤ {guard.max:g}" if guard.HasField("max") else ""
@@ -157,6 +179,8 @@ def _tell(rollout: rollouts_pb2.Rollout, output: Format) -> None:
         figures = ", ".join(f"{name} {value:g}" for name, value in sorted(rollout.report.figures.items()))
         opinion = rollouts_pb2.Verdict.Name(rollout.report.verdict).removeprefix("VERDICT_").lower()
         out.print(f"  report    {opinion} {escape(figures)} from {rollout.report.samples} samples")
+        if rollout.report.detail and rollout.state == rollouts_pb2.ROLLOUT_STATE_RUNNING:
+            out.print(f"            {escape(rollout.report.detail)}")
     if rollout.detail:
         out.print(f"  {'waits' if rollout.waited else 'because'}   {escape(rollout.detail)}")
 
@@ -181,6 +205,23 @@ def _step(text: str) -> rollouts_pb2.RolloutStep:
     if not percent.removesuffix("%").isdigit():
         fail(f'"{text}" is not PERCENT:WAIT, as 10:5m')
     return rollouts_pb2.RolloutStep(percent=int(percent.removesuffix("%")), wait=_duration(wait or "0s"))
+
+
+def _judgement(given: Iterable[str]) -> rollouts_pb2.Judgement:
+    known = rollouts_pb2.Judgement.DESCRIPTOR.fields_by_name
+    found = rollouts_pb2.Judgement()
+    for text in given:
+        name, _, value = text.partition("=")
+        if text == "off":
+            found.off = True
+            continue
+        try:
+            setattr(found, name, int(value) if name == "least" else float(value))
+        except (AttributeError, ValueError):
+            fail(
+                f'"{text}" is not off, or NAME=NUMBER with one of {", ".join(n for n in known if n != "off")}'
+            )
+    return found
 
 
 def _guard(text: str) -> rollouts_pb2.Guard:

@@ -24,6 +24,7 @@ from services.core.telemetry import metering, tracing
 from services.inference.admission import Admission
 from services.inference.agent import Agent
 from services.inference.answers import Answers
+from services.inference.comparisons import Comparisons
 from services.inference.engines import Engines
 from services.inference.figures import KV_TOKENS, SLOTS, UP, Figures, gauge_labels
 from services.inference.generation import Generation
@@ -95,7 +96,8 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         limiters = watched_owners(registry, asyncio.Event())
         usage = UsageReports(lambda: addresses(limiters.items.values()), cfg.identity)
         meter = stack.enter_context(metering("lingqu-inference", cfg.otlp_endpoint or cfg.metrics, address))
-        figures = Figures(meter, usage.charge)
+        comparisons = Comparisons(cfg.metrics)
+        figures = Figures(meter, usage.charge, comparisons.ended)
         figures.gauge(UP, lambda: [({}, 1.0)])
         admission = Admission(min(cfg.slots, cfg.max_sequences), cfg.queue, figures)
         stack.push_async_callback(triton.close)
@@ -149,6 +151,8 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         )
 
         await stack.enter_async_context(usage.running())
+        if cfg.metrics:
+            await stack.enter_async_context(comparisons.running())
         server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
         routing = Routing(lambda: models.items if models.synced.is_set() else None, agent.served)
         generation = Generation(admission, Answers(cfg.answers_mib << 20), figures, routing.labels)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from services.core.errors import InvalidInput, ModelNotFound
-from services.core.interceptors import Context
+from services.core.interceptors import SHADOW_HEADER, Context
 
 CLIENT_HEADER = "x-lingqu-client"
 MODEL_HEADER = "x-lingqu-model"
@@ -16,6 +16,8 @@ VERSION_HEADER = "x-lingqu-model-version"
 # The model that the gateway has answer in place of the one that was asked for.
 FALLBACK_HEADER = "x-lingqu-fallback"
 MAX_PRIORITY_HEADER = "x-lingqu-max-priority"
+# What a request that may be copied and its copy have in common; others have none.
+PAIR_HEADER = "x-lingqu-pair"
 
 
 class Priority(IntEnum):
@@ -29,11 +31,14 @@ class Priority(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Caller:
     """`client` is the name in the key, as the gateway has verified it; empty for who came without a gateway.
-    `deadline` is a time of time.monotonic(), None where the caller set none."""
+    `deadline` is a time of time.monotonic(), None where the caller set none. `pair` is
+    what a request that may be copied has in common with its copy, which is for a version in the shadow."""
 
     client: str = ""
     priority: Priority = Priority.NORMAL
     deadline: float | None = None
+    pair: str = ""
+    copy: bool = False
 
     @property
     def remaining(self) -> float | None:
@@ -52,6 +57,8 @@ def caller(context: Context, priority: int) -> Caller:
             Priority(priority) if priority in Priority.__members__.values() else Priority.NORMAL, metadata
         ),
         deadline=None if left is None else time.monotonic() + left,
+        pair=str(metadata.get(PAIR_HEADER, ""))[:128],
+        copy=SHADOW_HEADER in metadata,
     )
 
 

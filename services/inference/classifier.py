@@ -26,7 +26,8 @@ class Classes:
 
 
 class ClassifierModel(Encoder):
-    """One version of a classifier in one Triton. `labels` are its names of them, in its order."""
+    """One version of a classifier in one Triton. `labels` are its names of them, in its order;
+    `multi_label`: a text may have several."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class ClassifierModel(Encoder):
     ) -> None:
         super().__init__(key, spec, folder, triton, cache_bytes)
         self.labels = spec.labels
-        self._multi_label = spec.multi_label
+        self.multi_label = spec.multi_label
 
     async def classify(
         self,
@@ -52,7 +53,7 @@ class ClassifierModel(Encoder):
         budget = Budget.of(timeout, priority)
         encoded = await self.encode(texts, truncation)
         logits = await self.cached(encoded, "logits", budget)
-        return Classes(probabilities(logits, self._multi_label), sum(map(len, encoded)))
+        return Classes(probabilities(logits, self.multi_label), sum(map(len, encoded)))
 
 
 def probabilities(logits: npt.NDArray[np.float32], multi_label: bool) -> npt.NDArray[np.float32]:

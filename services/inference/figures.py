@@ -7,11 +7,12 @@ of series is bounded by what one replica serves.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Any
 
 from opentelemetry.metrics import CallbackOptions, Meter, NoOpMeterProvider, Observation
 
@@ -109,18 +110,26 @@ class Figure:
 @dataclass(slots=True)
 class Request:
     """What is told of a request while it lasts. `complete`: the caller has been given everything, whatever
-    becomes of the call now. `prompt_tokens`: what was read for it, where no run counts that."""
+    becomes of the call now. `prompt_tokens`: what was read for it, where no run counts that. `answer`: makes
+    what it is compared by, if it can be."""
 
     complete: bool = False
     prompt_tokens: int = 0
+    answer: Callable[[], Awaitable[Any]] | None = None
+
+
+Ended = Callable[[VersionKey, Caller, Request, Outcome], None]
 
 
 class Figures:
     """Counters of the last MAX_VERSIONS versions that were served, and gauges asked when they are read. What
-    is computed for a client goes to `charge`, too."""
+    is computed for a client goes to `charge`, too; `ended` hears of every request."""
 
-    def __init__(self, meter: Meter | None = None, charge: Charge | None = None) -> None:
+    def __init__(
+        self, meter: Meter | None = None, charge: Charge | None = None, ended: Ended | None = None
+    ) -> None:
         self.charge = charge or (lambda client, model, tokens: None)
+        self._ended = ended
         self._counters: dict[VersionKey, dict[tuple[str, Labels], float]] = {}
         self._gauges: dict[str, Gauge] = {}
         meter = meter or NoOpMeterProvider().get_meter("")
@@ -165,6 +174,8 @@ class Figures:
             if request.prompt_tokens:
                 self.add(PROMPT_TOKENS, key, request.prompt_tokens)
                 self.charge(caller.client, key.model, request.prompt_tokens)
+            if self._ended is not None:
+                self._ended(key, caller, request, outcome)
 
     def gauge(self, name: str, values: Gauge) -> None:
         """Ask `values` for labels and values of a gauge whenever it is read, from whatever thread."""

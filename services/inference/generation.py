@@ -15,6 +15,7 @@ from services.core.errors import DeadlinePassed
 from services.inference.admission import Admission
 from services.inference.answers import AnswerKey, Answers, answer_key, complete
 from services.inference.callers import Caller
+from services.inference.comparisons import Splits, generated
 from services.inference.fairqueue import Ticket
 from services.inference.figures import (
     CACHE_BYTES,
@@ -36,7 +37,7 @@ SHARED_LABEL = ("lingqu.cache", "shared")
 TIDY_S = 1.0
 
 
-class Generates(Protocol):
+class Generates(Splits, Protocol):
     """A text model."""
 
     key: VersionKey
@@ -87,6 +88,7 @@ class Generation:
             key = answer_key(model.key, job, None if self._shared(model.key) else caller.client)
             if key is not None and (kept := self._answers.get(key)) is not None:
                 self._figures.add(CACHE_HITS, model.key)
+                request.answer = generated(model, job, kept)
                 for place, delta in enumerate(kept, 1):
                     request.complete = place == len(kept)
                     yield delta
@@ -99,6 +101,8 @@ class Generation:
                 self._admission.hasten(model.key, self._live[run].ticket, caller.priority)
             if key is not None:
                 self._figures.add(CACHE_JOINED if joined else CACHE_MISSES, model.key)
+            if job.deterministic:
+                request.answer = generated(model, job, run.deltas)
             with run.followed(caller):
                 async with aclosing(run.follow(caller, joined)) as deltas:
                     async for delta in deltas:

@@ -10,7 +10,7 @@ from lingqu.inference.v1 import inference_pb2 as pb
 from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceServicer
 from services.core.errors import Unsupported, WrongTask
 from services.core.interceptors import Context
-from services.inference import convert, convert_tasks
+from services.inference import comparisons, convert, convert_tasks
 from services.inference.admission import Admission
 from services.inference.callers import answering, caller
 from services.inference.classifier import ClassifierModel
@@ -67,6 +67,7 @@ class Inference(InferenceServiceServicer):
                 priority=who.priority,
             )
             asked.prompt_tokens = vectors.tokens
+            asked.answer = comparisons.vectors((texts[: comparisons.TEXTS], shape), vectors.values)
         return convert.to_embed_response(vectors, str(model.key.version))
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
@@ -76,6 +77,9 @@ class Inference(InferenceServiceServicer):
         async with self._admission.request(model.key, who) as asked:
             classes = await model.classify(texts, who.remaining, truncation=truncation, priority=who.priority)
             asked.prompt_tokens = classes.tokens
+            asked.answer = comparisons.labels(
+                texts[: comparisons.TEXTS], classes, model.labels, model.multi_label
+            )
         return convert_tasks.to_classify_response(classes, model.labels, top, str(model.key.version))
 
     async def Answer(self, request: pb.AnswerRequest, context: Context) -> pb.AnswerResponse:
@@ -85,6 +89,8 @@ class Inference(InferenceServiceServicer):
         async with self._admission.request(model.key, who) as asked:
             answers = await model.answer(job, who.remaining, priority=who.priority)
             asked.prompt_tokens = answers.tokens
+            found = [request.context[span.start : span.end] for span in answers.spans[:1]]
+            asked.answer = comparisons.extract(job, "".join(found))
         return convert_tasks.to_answer_response(answers, request.context, str(model.key.version))
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -204,6 +206,18 @@ class TextModel:
         if self._grammars is None:
             raise Unsupported("response_format", f"{self.key.model} was published without a grammar model")
         await self._grammars.check(grammar)
+
+    async def split(self, text: str) -> list[int]:
+        """The tokens of an answer."""
+        encoding = await unblocked(len(text), lambda: self._tokenizer.encode(text, add_special_tokens=False))
+        ids: list[int] = encoding.ids
+        return ids
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Equal, of 64 bits, for models whose tokens mean the same."""
+        said = repr(sorted(self._tokenizer.get_vocab().items())).encode(errors="surrogatepass")
+        return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
 
     async def tokenize(self, prompt: str, turns: tuple[Turn, ...], tools: tuple[Tool, ...]) -> Tokens:
         """A text, or a chat as its template renders it, however long. Raises InvalidInput."""

@@ -18,12 +18,14 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from pydantic import AfterValidator, Field, SecretStr, field_validator
 
 from lingqu.metrics.keda.externalscaler_pb2_grpc import add_ExternalScalerServicer_to_server
+from lingqu.metrics.v1.answers_pb2_grpc import add_AnswerServiceServicer_to_server
 from lingqu.metrics.v1.metrics_pb2_grpc import add_MetricsServiceServicer_to_server
 from services.core.audit import audited
 from services.core.errors import LingquError
 from services.core.identity import Callers
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
+from services.core.registry import Registry
 from services.core.settings import Address, Addresses, Settings
 from services.core.tasks import background
 from services.inference.rest.connection import Patience
@@ -45,12 +47,15 @@ from services.metrics.service import Metrics
 from services.metrics.spooled import Spooled
 from services.metrics.store import Store
 from services.metrics.tails import Tails
+from services.metrics.verdicts.archive import Archive as Trials
+from services.metrics.verdicts.judge import Answers, Judge
 from services.metrics.writer import Writer
 
 log = logging.getLogger(__name__)
 
 SERVICES = (
     "lingqu.metrics.v1.MetricsService",
+    "lingqu.metrics.v1.AnswerService",
     receivers.METRICS,
     scaler.SERVICE,
     "opentelemetry.proto.collector.trace.v1.TraceService",
@@ -103,6 +108,10 @@ class MetricsSettings(Settings):
     """Prometheus ports of Tritons, separated by commas."""
     jwks: Path | None = None
     """File with the gateway's public keys: rules and silences need an admin key; unset: they do not."""
+    registry: Addresses | None = None
+    """Whose rollouts are judged; unset: none are."""
+    verdicts_key: Path | None = None
+    """File with an API key that verdicts are reported with, for models whose policy names who may release."""
     alerts_webhook: SecretStr = SecretStr("")
     """URL that gets alerts as Alertmanager sends them; empty: they are listed and logged only."""
     alerts_webhook_token: SecretStr = SecretStr("")
@@ -175,9 +184,15 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
             interceptors=server_stack(tracer, cfg.max_in_flight, *audited(cfg.audit_log, callers.of)),
             options=list(options.items()),
         )
+        judge = None
+        if cfg.registry:
+            registry = Registry(cfg.registry, cfg.identity)
+            stack.push_async_callback(registry.close)
+            judge = Judge(registry, intake, tails, Trials(cfg.metrics_folder / "verdicts.json"), _key(cfg))
         service = Metrics(kept, tails, alerts, callers)
         stack.callback(service.close)
         add_MetricsServiceServicer_to_server(service, server)
+        add_AnswerServiceServicer_to_server(Answers(judge), server)
         receivers.add_metrics(receivers.Metrics(intake), server)
         add_ExternalScalerServicer_to_server(scaler.Scaler(kept, service.ask), server)
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receivers.Traces(intake), server)
@@ -189,10 +204,21 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         )
         tritons = (cfg.metrics_tritons or "").split(",") if cfg.metrics_tritons else ()
         measured = measure(intake, Host(cfg.metrics_folder), Gpus(), tritons, cfg.metrics_every_s)
-        await stack.enter_async_context(background(measured, _retain(kept, cfg), alerts.run()))
+        jobs = [measured, _retain(kept, cfg), alerts.run(), *([judge.run()] if judge is not None else [])]
+        await stack.enter_async_context(background(*jobs))
         if cfg.metrics_nice:
             priority.lower(cfg.metrics_nice)
         yield intake
+
+
+def _key(cfg: MetricsSettings) -> str:
+    """Raises LingquError."""
+    if cfg.verdicts_key is None:
+        return ""
+    try:
+        return cfg.verdicts_key.read_text().strip()
+    except OSError as err:
+        raise LingquError(f"LINGQU_VERDICTS_KEY: {cfg.verdicts_key} cannot be read: {err.strerror}") from err
 
 
 def _alerts(store: Store, cfg: MetricsSettings) -> Engine:

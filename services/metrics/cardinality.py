@@ -28,6 +28,7 @@ _OF_INFERENCE = frozenset({"service", "instance", "model", "version", "priority"
 LABELS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "requests": frozenset({"client", "model", "version", "status", "api"}),
+        "answers.compared": frozenset({"model", "version", "before", "by"}),
         "host": frozenset({"host"}),
         "gpu": frozenset({"host", "gpu", "name"}),
         "triton": frozenset({"triton", "model", "version"}),

@@ -27,7 +27,6 @@ from lingqu.cli.main import app
 from lingqu.inference.v1 import inference_pb2 as pb
 from pipeline.answerer import package_answerer
 from pipeline.bundled import TEXT_MODEL, VECTOR_MODEL
-from pipeline.classifier import package_classifier
 from pipeline.package import Package
 from services.inference.artifact import GoldenLabels
 from tests import checkpoints
@@ -47,18 +46,8 @@ ADA = "Ada lives in Turin and works as a baker."
 
 
 @pytest.fixture(scope="session")
-def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints.sentiment(tmp_path_factory.mktemp("checkpoint") / "sentiment")
-
-
-@pytest.fixture(scope="session")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.questions(tmp_path_factory.mktemp("checkpoint") / "reader")
-
-
-@pytest.fixture(scope="session")
-def classifier(sentiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Package:
-    return package_classifier(sentiment, tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,9 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from services.core.errors import DeadlinePassed, InvalidInput, LingquError, MessageTooLarge
+from services.core.interceptors import SHADOW_HEADER
 from services.core.rest import MAX_BODY_BYTES, to_http
-from services.inference.callers import CLIENT_HEADER, Caller, Priority, capped
+from services.inference.callers import CLIENT_HEADER, PAIR_HEADER, Caller, Priority, capped
 from services.inference.rest import sse
 from services.inference.rest.answers import Answer, Whole
 
@@ -47,7 +48,13 @@ class Asked:
         if seconds is not None:
             deadline = time.monotonic() + seconds
             self.limit.reschedule(asyncio.get_running_loop().time() + seconds)
-        return Caller(self.headers.get(CLIENT_HEADER, "")[:128], capped(priority, self.headers), deadline)
+        return Caller(
+            self.headers.get(CLIENT_HEADER, "")[:128],
+            capped(priority, self.headers),
+            deadline,
+            self.headers.get(PAIR_HEADER, "")[:128],
+            SHADOW_HEADER in self.headers,
+        )
 
     def _seconds(self, *, stream: bool) -> float | None:
         if (given := self.headers.get(TIMEOUT_HEADER)) is not None:

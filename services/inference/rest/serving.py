@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.core.errors import WrongTask
+from services.inference import comparisons
 from services.inference.admission import Admission
 from services.inference.callers import Caller, answering, routed_version
 from services.inference.routing import Routing
@@ -70,6 +71,9 @@ def admitted(admission: Admission) -> Embed:
                     job.texts, caller.remaining, dimensions=job.dimensions, priority=caller.priority
                 )
             asked.prompt_tokens = vectors.tokens
+            asked_for = job.texts or job.token_ids
+            question = (asked_for[: comparisons.TEXTS], job.dimensions)
+            asked.answer = comparisons.vectors(question, vectors.values)
         return vectors
 
     return embed
