@@ -29,7 +29,9 @@ from services.gateway.routes import OWN_REST, ROUTES
 from services.gateway.secrets import Secrets, downstream
 
 LISTENER = "public"
-WEIGHT_TAG = "weight"
+# In lines of the access log: for how many requests one stands; and that it is told because it failed, whether
+# it was drawn or not.
+WEIGHT_TAG, FAILURE_TAG = "weight", "failure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Entry:
     metrics: str = ""
     """Who is told of requests that ended."""
     metrics_percent: int = 10
-    """Of how many, drawn at random."""
+    """Of how many tensor requests, drawn at random."""
     times: edge.Times = field(default_factory=edge.Times)
     issuers: tuple[Issuer, ...] = ()
     known_clients_only: bool = False
@@ -103,41 +105,46 @@ def listener(entry: Entry) -> dict[str, Any]:
 
 
 def _access_logs(percent: int) -> list[dict[str, Any]]:
-    """One for tensor requests, of which so many in a hundred are told, and one for all others."""
+    """Who tells of a request: of tensor requests one in so many, drawn at random, and apart from that each that
+    failed, so that failures are counted one by one; of all others each."""
+    if percent == 100:
+        return [_access_log({})]
     tensors: dict[str, Any] = {"name": ":path", "string_match": {"prefix": f"/{TENSOR_SERVICE}/"}}
-    drawn = {
-        "runtime_key": "lingqu.told",
-        "percent_sampled": {"numerator": percent},
-        "use_independent_randomness": True,
-    }
-    some = {"filters": [{"header_filter": {"header": tensors}}, {"runtime_filter": drawn}]}
+    of_tensors = {"header_filter": {"header": tensors}}
     others = {"header_filter": {"header": {**tensors, "invert_match": True}}}
+    drawn = {
+        "runtime_filter": {
+            "runtime_key": "lingqu.told",
+            "percent_sampled": {"numerator": percent},
+            "use_independent_randomness": True,
+        }
+    }
+    failed = {"grpc_status_filter": {"statuses": ["OK"], "exclude": True}}
+    # What most requests are not comes first: then the rest is not asked.
     return [
-        {**_access_log(100), "filter": others},
-        {**_access_log(percent), "filter": {"and_filter": some}},
+        {**_access_log({}), "filter": others},
+        {**_access_log({WEIGHT_TAG: f"{100 / percent:g}"}), "filter": _both(drawn, of_tensors)},
+        {**_access_log({FAILURE_TAG: "1"}), "filter": _both(failed, of_tensors)},
     ]
 
 
-def _access_log(percent: int) -> dict[str, Any]:
-    """Sent in batches while nobody waits; without a metrics service it is dropped. An entry says for how many
-    requests it stands."""
+def _access_log(tags: Mapping[str, str]) -> dict[str, Any]:
+    """Sent in batches while nobody waits; without a metrics service it is dropped."""
     kind = "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig"
-    common: dict[str, Any] = {
-        "log_name": "lingqu",
-        "transport_api_version": "V3",
-        "grpc_service": {"envoy_grpc": {"cluster_name": METRICS}, "timeout": "1s"},
-        "buffer_flush_interval": "0.5s",
-        "buffer_size_bytes": 64 << 10,
-    }
     config = {
         "@type": f"type.googleapis.com/{kind}",
-        "common_config": common,
+        "common_config": {
+            "log_name": "lingqu",
+            "transport_api_version": "V3",
+            "grpc_service": {"envoy_grpc": {"cluster_name": METRICS}, "timeout": "1s"},
+            "buffer_flush_interval": "0.5s",
+            "buffer_size_bytes": 64 << 10,
+            "custom_tags": [{"tag": tag, "literal": {"value": value}} for tag, value in tags.items()],
+        },
         "additional_request_headers_to_log": [CLIENT_HEADER],
         "additional_response_headers_to_log": ["content-type", "grpc-status"],
         "additional_response_trailers_to_log": ["grpc-status"],
     }
-    if percent != 100:
-        common["custom_tags"] = [{"tag": WEIGHT_TAG, "literal": {"value": f"{100 / percent:g}"}}]
     return {"name": "envoy.access_loggers.http_grpc", "typed_config": config}
 
 

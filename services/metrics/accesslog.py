@@ -2,8 +2,13 @@
 
 The cluster says which API, model and version a request was for ("tensor/echo/1").
 Times are seconds from its first byte: `received` until its last byte was there, `upstream` until it was
-passed on, `first_byte` until the answer began to come, `duration` until the last byte was sent. What did not
-happen has no field. `value` is 1, or for how many requests this one stands, so that a sum counts requests.
+passed on, `first_byte` until the answer began to come, `duration` until the last byte was sent; what did not
+happen has no field. `failed_after` is the duration of a request that failed. `value` is 1, or for how many
+requests this one stands, so that a sum counts requests.
+
+Of tensor requests Envoy tells those that it has drawn, however they ended, and each that failed. The ones
+have times and bytes, of which means and percentiles are those of all requests, and count what went well; the
+others count failures, one by one.
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ from services.metrics.readings import Reading
 REQUESTS = "requests"
 CLIENT_HEADER = "x-lingqu-client"  # services/gateway/headers.py
 STATUS = "grpc-status"
-WEIGHT_TAG = "weight"  # services/gateway/listener.py
+WEIGHT_TAG, FAILURE_TAG = "weight", "failure"  # services/gateway/listener.py
+WELL = frozenset({"OK", *map(str, range(100, 400))})
 APIS = frozenset({"text", "tensor", "rest", "control"})
 OTHER = "other"
 
@@ -50,22 +56,30 @@ def readings(entries: Iterable[Any]) -> list[Reading]:
             continue
         cluster = common.upstream_cluster
         client = request.request_headers.get(CLIENT_HEADER, "")
-        labels = _labels(cluster, client, _status(response, cluster))
-        fields = {
-            "value": _weight(common.custom_tags.get(WEIGHT_TAG, "")),
-            "request_bytes": float(request.request_headers_bytes + request.request_body_bytes),
-            "response_bytes": float(response.response_headers_bytes + response.response_body_bytes),
-        }
-        for field, name in _TIMES:
-            time = getattr(common, name)
-            if passed := time.seconds + time.nanos * 1e-9:
-                fields[field] = passed
-        if "duration" not in fields and common.HasField("duration"):
-            fields["duration"] = common.duration.seconds + common.duration.nanos * 1e-9
+        status = _status(response, cluster)
+        tags = common.custom_tags
+        if FAILURE_TAG in tags:
+            fields = {"value": 1.0}
+        else:
+            fields = {
+                "request_bytes": float(request.request_headers_bytes + request.request_body_bytes),
+                "response_bytes": float(response.response_headers_bytes + response.response_body_bytes),
+            }
+            for field, name in _TIMES:
+                time = getattr(common, name)
+                if passed := time.seconds + time.nanos * 1e-9:
+                    fields[field] = passed
+            if passed := _duration(common):
+                fields["duration"] = passed
+            weight = tags.get(WEIGHT_TAG)
+            if weight is None or status == "OK":  # others are told again, as failures
+                fields["value"] = _weight(weight)
+        if status not in WELL and (passed := fields.get("duration") or _duration(common)):
+            fields["failed_after"] = passed
         begun = common.start_time
         # Envoy counts microseconds: the rest keeps requests of one microsecond apart.
         time_ns = begun.seconds * 1_000_000_000 + begun.nanos // 1000 * 1000 + number % 1000
-        found.append(Reading(REQUESTS, labels, fields, time_ns))
+        found.append(Reading(REQUESTS, _labels(cluster, client, status), fields, time_ns))
     return found
 
 
@@ -73,12 +87,19 @@ _TIMES = (
     ("received", "time_to_last_rx_byte"),
     ("upstream", "time_to_first_upstream_tx_byte"),
     ("first_byte", "time_to_first_upstream_rx_byte"),
-    ("duration", "time_to_last_downstream_tx_byte"),
 )
 
 
+def _duration(common: Any) -> float:
+    """0.0: it is not known."""
+    for time in (common.time_to_last_downstream_tx_byte, common.duration):
+        if passed := float(time.seconds + time.nanos * 1e-9):
+            return passed
+    return 0.0
+
+
 @lru_cache(64)
-def _weight(text: str) -> float:
+def _weight(text: str | None) -> float:
     try:
         return float(text) if text else 1.0
     except ValueError:

@@ -89,18 +89,26 @@ async def test_every_one_of_many_calls_is_told(both: tuple[Gateway, Service]) ->
     assert len({point.time_ns for point in found}) == 500
 
 
-async def test_one_told_of_stands_for_many(tmp_path: Path) -> None:
+def counted(service: Service) -> list[Point]:
+    return [point for point in told(service, status="UNAUTHENTICATED") if "value" in point.fields]
+
+
+async def test_one_told_of_stands_for_many_and_failures_for_themselves(tmp_path: Path) -> None:
     async with (
         metrics.running(tmp_path) as service,
         gateways.running(tmp_path, metrics=service.address, metrics_percent=10) as gateway,
     ):
         async with gateway.channel() as channel:
             stub: Any = oip_grpc.GRPCInferenceServiceStub(channel)
-            request = oip.ModelInferRequest(model_name=TENSOR)
+
+            async def infer(number: int, metadata: Any = gateway.metadata) -> None:
+                request = oip.ModelInferRequest(model_name=TENSOR)
+                calls = (stub.ModelInfer(request, metadata=metadata, timeout=20) for _ in range(number))
+                await asyncio.gather(*calls, return_exceptions=True)
+
             for _ in range(10):
-                await asyncio.gather(
-                    *(stub.ModelInfer(request, metadata=gateway.metadata, timeout=20) for _ in range(100))
-                )
+                await infer(100)
+            await infer(70, metadata=())
             texts: Any = InferenceServiceStub(channel)
             for _ in range(5):
                 await texts.Generate(
@@ -112,9 +120,18 @@ async def test_one_told_of_stands_for_many(tmp_path: Path) -> None:
         of_text = await until(
             lambda: len(told(service, model=TEXT)) >= 5 and told(service, model=TEXT), "all"
         )
+        refused = await until(
+            lambda: (found := counted(service)) and len(found) >= 70 and found, "each refusal is told"
+        )
+        drawn = [point for point in told(service, status="UNAUTHENTICATED") if "value" not in point.fields]
         assert {point.fields["value"] for point in of_text} == {1}
     assert len(found) < 180  # of 1,000, one in ten
     assert {point.fields["value"] for point in found} == {10}
+    assert sum(point.fields["value"] for point in refused) == 70
+    assert all(point.fields.keys() <= {"value", "failed_after"} for point in refused)
+    # Those of them that were drawn have a part in times, as those that went well have.
+    assert len(drawn) < 35
+    assert all("duration" in point.fields for point in drawn)
 
 
 async def test_without_a_metrics_service_requests_are_served(tmp_path: Path) -> None:

@@ -121,6 +121,28 @@ def test_what_did_not_happen_has_no_field_and_unknown_clusters_no_name() -> None
     assert found.labels["api"] == "other"
 
 
+def tagged(status: str, **tags: str) -> Any:
+    found = entry("tensor/m/1", response_trailers={"grpc-status": status})
+    found.common_properties.custom_tags.update(tags)
+    return accesslog.readings([found])[0].fields
+
+
+def test_of_drawn_requests_those_that_went_well_are_counted() -> None:
+    assert tagged("0", weight="50")["value"] == 50
+    failed = tagged("14", weight="50")
+    assert "value" not in failed
+    assert failed["duration"] == failed["failed_after"] == pytest.approx(0.045)
+
+
+def test_a_request_told_since_it_failed_counts_once_and_has_no_part_in_times() -> None:
+    assert tagged("14", failure="1") == pytest.approx({"value": 1, "failed_after": 0.045})
+
+
+def test_of_requests_that_are_all_told_failures_have_everything() -> None:
+    assert tagged("14").keys() >= {"value", "duration", "failed_after", "request_bytes"}
+    assert "failed_after" not in tagged("0")
+
+
 def test_requests_that_go_on_are_not_counted_and_those_at_once_are_apart() -> None:
     going = entry()
     going.common_properties.intermediate_log_entry = True

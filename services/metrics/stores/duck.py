@@ -216,7 +216,7 @@ class DuckStore:
         cursor = self._database.cursor()
         cursor.begin()
         try:
-            if rows.times:
+            if rows:
                 cursor.register("added", rows.arrays)
                 cursor.execute("INSERT INTO points SELECT time, series, field, value FROM added")
                 cursor.unregister("added")
@@ -247,19 +247,26 @@ def _insert_all(cursor: Any, sql: str, rows: Iterable[Sequence[object]]) -> None
 
 
 class _Rows:
-    """Points as columns, with numbers for series and fields that are not known yet."""
+    """Points as columns, with numbers for series and fields that are not known yet. What a point repeats for
+    each of its fields is repeated by numpy, for all points at once."""
 
     def __init__(self, series: Mapping[tuple[str, Labels], int], fields: Mapping[str, int]) -> None:
         self._series, self._fields = series, fields
         self._next = max(series.values(), default=-1) + 1
         self.new_series: dict[tuple[str, Labels], int] = {}
         self.new_fields: dict[str, int] = {}
-        self.times: list[int] = []
         self.arrays: dict[str, Any] = {}
         self._ids: dict[int, tuple[str, int]] = {}
+        self._kinds_of: dict[tuple[str, ...], tuple[int, ...]] = {}
+        # Of each point; then of each of its fields.
+        self._times: list[int] = []
         self._numbers: list[int] = []
+        self._counts: list[int] = []
         self._kinds: list[int] = []
         self._values: list[float] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
 
     def add(self, point: Point) -> str:
         """Why it is not kept; empty if it is, as far as `sound` has nothing against it."""
@@ -277,30 +284,38 @@ class _Rows:
             self._ids[id(labels)] = measurement, (number := found)
         if not fields:
             return fault(point)
-        for name, value in fields.items():
-            kind = self._fields.get(name)
-            if kind is None:
-                kind = self.new_fields.setdefault(name, len(self._fields) + len(self.new_fields))
-            self.times.append(time_ns)
-            self._numbers.append(number)
-            self._kinds.append(kind)
-            self._values.append(value)
+        kinds = self._kinds_of.get(names := tuple(fields))
+        if kinds is None:
+            kinds = self._kinds_of[names] = tuple(self._kind(name) for name in names)
+        self._times.append(time_ns)
+        self._numbers.append(number)
+        self._counts.append(len(kinds))
+        self._kinds += kinds
+        self._values += fields.values()
         return ""
+
+    def _kind(self, name: str) -> int:
+        kind = self._fields.get(name)
+        if kind is None:
+            kind = self.new_fields.setdefault(name, len(self._fields) + len(self.new_fields))
+        return kind
 
     def sound(self) -> bool:
         """Whether all that was added can be kept. Then `arrays` has it."""
         if any(fault_of_values(Point("m", (), {name: 0.0}, 0)) for name in self.new_fields):
             return False
+        counts = np.array(self._counts, dtype="int64")
         try:
-            self.arrays = {
-                "time": np.array(self.times, dtype="int64"),
-                "series": np.array(self._numbers, dtype="int32"),
-                "field": np.array(self._kinds, dtype="int32"),
-                "value": np.array(self._values, dtype="float64"),
-            }
+            times = np.array(self._times, dtype="int64")
+            values = np.array(self._values, dtype="float64")
         except OverflowError:
             return False
-        times, values = self.arrays["time"], self.arrays["value"]
+        self.arrays = {
+            "time": times.repeat(counts),
+            "series": np.array(self._numbers, dtype="int32").repeat(counts),
+            "field": np.array(self._kinds, dtype="int32"),
+            "value": values,
+        }
         return not times.size or bool(
             times.min() >= 0 and times.max() <= LATEST_NS and np.isfinite(values).all()
         )
