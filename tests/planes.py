@@ -24,6 +24,7 @@ from services.core.discovery import READY, Hosted, Model, Replica, Version, Vers
 from services.core.tasks import background
 from services.gateway.ads import Ads, Snapshots
 from services.gateway.bootstrap import bootstrap
+from services.gateway.figures import Figures
 from services.gateway.judge import Judge
 from services.gateway.keys import KeyRing
 from services.gateway.listener import Entry
@@ -162,9 +163,10 @@ class Plane:
     stack: AsyncExitStack
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     shown: View = field(default_factory=lambda: View((), ()))
+    figures: Figures = field(default_factory=Figures)
 
     def __post_init__(self) -> None:
-        self.judge = Judge(self.changed)
+        self.judge = Judge(self.changed, self.figures.answered)
 
     async def show(
         self, replicas: Sequence[Replica], models: Sequence[Model], access: Access | None = None
@@ -212,7 +214,7 @@ def model(name: str, *shares: int, **settings: Any) -> Model:
 
 
 @asynccontextmanager
-async def plane(folder: Path, **settings: Any) -> AsyncIterator[Plane]:
+async def plane(folder: Path, figures: Figures | None = None, **settings: Any) -> AsyncIterator[Plane]:
     """Nothing is routed before `show`. `settings` are further fields of Entry."""
     layout = Layout(folder, free_offset())
     keys = KeyRing.at(folder / "key.pem")
@@ -223,7 +225,7 @@ async def plane(folder: Path, **settings: Any) -> AsyncIterator[Plane]:
         server = grpc.aio.server()
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(ads, server)
         admin = layout.address(ENVOY_ADMIN)
-        made = Plane(entry, keys, ads, snapshots, admin, stack)
+        made = Plane(entry, keys, ads, snapshots, admin, stack, figures=figures or Figures())
         lrs_pb2_grpc.add_LoadReportingServiceServicer_to_server(made.judge.loads, server)
         server.add_insecure_port(entry.control)
         await server.start()

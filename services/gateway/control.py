@@ -91,7 +91,7 @@ class ControlPlane:
         self._confirmed = NOTHING
         self._asked = asyncio.Event()
         self.snapshots = Snapshots()
-        self.judge = Judge(changed)
+        self.judge = Judge(changed, self.figures.answered)
         self._view = View((), ())
         self.figures.gauge(
             REFUSED, lambda: len(self.snapshots.current.refused) if self.snapshots.current else 0

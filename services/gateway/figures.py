@@ -1,4 +1,4 @@
-"""What the control plane counts, for alerts: above all what data planes refuse."""
+"""What the control plane counts: what data planes refuse, for alerts, and how many requests ended."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from opentelemetry.metrics import CallbackOptions, Meter, NoOpMeterProvider, Observation
 
+from services.gateway.breakers import Load, VersionId
+
+REQUESTS = "lingqu.gateway.requests"
 NACKS = "lingqu.gateway.nacks"
 REFUSED = "lingqu.gateway.refused"
 DATA_PLANES = "lingqu.gateway.data_planes"
@@ -31,6 +34,11 @@ class Figures:
         meter.create_observable_counter(
             NACKS, [self._observed_nacks], "{response}", "Configurations that Envoys have refused, by kind"
         )
+        self._requests = meter.create_counter(
+            REQUESTS,
+            "{request}",
+            "Requests that replicas have answered, by model, version and outcome",
+        )
         for name, (unit, text) in GAUGES.items():
             meter.create_observable_gauge(name, [self._observer(name)], unit, text)
 
@@ -41,6 +49,13 @@ class Figures:
 
     def nack(self, kind: str) -> None:
         self._nacks[kind] += 1
+
+    def answered(self, loads: Mapping[VersionId, Load]) -> None:
+        """What Envoys have reported since: every request, however few of them are told one by one."""
+        for (model, version), load in loads.items():
+            for outcome, number in (("ok", load.ended - load.failed), ("failed", load.failed)):
+                if number:
+                    self._requests.add(number, {"model": model, "version": str(version), "outcome": outcome})
 
     def gauge(self, name: str, value: Callable[[], float]) -> None:
         """Ask `value` for the gauge whenever it is read, from whatever thread."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Mapping
 
-from services.gateway.breakers import Breakers, Phase
+from services.gateway.breakers import Breakers, Load, Phase, VersionId
 from services.gateway.loads import INTERVAL_S, Loads
 from services.gateway.view import View
 
@@ -14,12 +15,17 @@ log = logging.getLogger(__name__)
 
 
 class Judge:
-    """`changed` is set when routes have to be made anew."""
+    """`changed` is set when routes have to be made anew. `hears` is given all that is judged."""
 
-    def __init__(self, changed: asyncio.Event) -> None:
+    def __init__(
+        self,
+        changed: asyncio.Event,
+        hears: Callable[[Mapping[VersionId, Load]], None] = lambda loads: None,
+    ) -> None:
         self.loads = Loads()
         self.breakers = Breakers()
         self._changed = changed
+        self._hears = hears
         self._view = View((), ())
 
     def applied(self, view: View) -> View:
@@ -31,7 +37,9 @@ class Judge:
         """For ever."""
         while True:
             await asyncio.sleep(INTERVAL_S)
-            moved = self.breakers.advance(self.loads.take(), self._view, time.monotonic())
+            loads = self.loads.take()
+            self._hears(loads)
+            moved = self.breakers.advance(loads, self._view, time.monotonic())
             for target, breaker in moved:
                 why = f": {breaker.reason}" if breaker.phase is Phase.OPEN else ""
                 log.warning("breaker of %s v%d %s%s", target.model, target.version, breaker.phase.value, why)

@@ -105,7 +105,7 @@ def listener(entry: Entry) -> dict[str, Any]:
 
 
 def _access_logs(percent: int) -> list[dict[str, Any]]:
-    """Who tells of a request: of tensor requests one in so many, drawn at random, and apart from that each that
+    """Of tensor requests those that were drawn are told, so many in a hundred, and apart from that each that
     failed, so that failures are counted one by one; of all others each."""
     if percent == 100:
         return [_access_log({})]

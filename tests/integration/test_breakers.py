@@ -12,12 +12,15 @@ from dataclasses import replace
 import grpc
 import httpx2 as httpx
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from tritonclient.grpc import service_pb2 as oip
 
 from services.core.access import Access, Client
 from services.core.discovery import Protection, VersionKey
 from services.gateway import breakers
 from services.gateway.breakers import Phase
+from services.gateway.figures import REQUESTS, Figures
 from tests.gates import INFER, RestBackend
 from tests.planes import Backend, Caller, Plane, hosting, model, plane
 from tests.waiting import forever, pause, until
@@ -27,8 +30,16 @@ ONE, TWO = VersionKey("m", 1), VersionKey("m", 2)
 
 
 @pytest.fixture(scope="module")
-async def gate(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plane]:
-    async with plane(tmp_path_factory.mktemp("breakers")) as made:
+def figures() -> InMemoryMetricReader:
+    return InMemoryMetricReader()
+
+
+@pytest.fixture(scope="module")
+async def gate(
+    tmp_path_factory: pytest.TempPathFactory, figures: InMemoryMetricReader
+) -> AsyncIterator[Plane]:
+    meter = MeterProvider([figures]).get_meter("test")
+    async with plane(tmp_path_factory.mktemp("breakers"), Figures(meter)) as made:
         yield made
 
 
@@ -298,3 +309,35 @@ async def test_tensors_fall_back_to_another_version_and_never_to_another_model(
     assert refused.code() is UNAVAILABLE
     assert backends[1].asked == reached
     assert (await caller.ask("m")).headers["x-lingqu-fallback"] == "spare"
+
+
+async def test_every_request_to_a_replica_is_counted(
+    gate: Plane, backends: list[Backend], figures: InMemoryMetricReader
+) -> None:
+    replica = hosting("r", backends[0].address, VersionKey("first", 1), VersionKey("counted", 1))
+    await gate.show([replica], [model("first", 100), model("counted", 100)])
+    caller = await gate.caller("c")
+
+    async def reported() -> bool:
+        await caller.ask("first")
+        return counted(figures, "first").total() > 0
+
+    await until(reported, "Envoy has begun to report")
+    assert all(answer.ok for answer in await caller.ask_often("counted", 45))
+    backends[0].before = fail
+    assert not any(answer.ok for answer in await caller.ask_often("counted", 5))
+    expected = {"ok": 45, "failed": 5}
+    await until(lambda: counted(figures, "counted") == expected, "each is counted, by what became of it")
+
+
+def counted(figures: InMemoryMetricReader, name: str) -> Counter[str]:
+    """Of version 1 of a model, by outcome."""
+    data = figures.get_metrics_data()
+    found: Counter[str] = Counter()
+    for resource in data.resource_metrics if data is not None else ():
+        for metric in (metric for scope in resource.scope_metrics for metric in scope.metrics):
+            for point in metric.data.data_points if metric.name == REQUESTS else ():
+                labels = dict(point.attributes or {})
+                if (labels["model"], labels["version"]) == (name, "1"):
+                    found[str(labels["outcome"])] += int(point.value)
+    return found
