@@ -46,7 +46,7 @@ class Intake:
         """For senders that wait for the receipt, and send again if they are told to. Raises
         BackendUnavailable or QueueFull; then nothing of it was looked at."""
         self.writer.check()
-        return self._put(readings)
+        return self._put(readings, awaited=True)
 
     def take(self, readings: list[Reading]) -> None:
         """For sources that do not send again: what finds no room is counted."""
@@ -79,7 +79,7 @@ class Intake:
     def rotate(self) -> None:
         self._cardinality.rotate()
 
-    def _put(self, readings: Iterable[Reading], *, count: bool = True) -> Taken:
+    def _put(self, readings: Iterable[Reading], *, awaited: bool = False, count: bool = True) -> Taken:
         now = self._now_ns()
         earliest, latest = now - PAST_S * 1_000_000_000, now + FUTURE_S * 1_000_000_000
         refused: Counter[Refusal] = Counter()
@@ -100,7 +100,7 @@ class Intake:
                 self.note("refused", why, number)
         if points and self._tails:
             self._tails.publish(points)
-        return Taken(self.writer.put(points), refused)
+        return Taken(self.writer.put(points, awaited=awaited), refused)
 
     def _point(self, reading: Reading) -> Point | Refusal | None:
         """None: there is nothing to tell, since a counter has only begun to be watched."""

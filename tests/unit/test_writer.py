@@ -13,7 +13,7 @@ import pytest
 
 from services.core.errors import BackendUnavailable, InvalidInput, QueueFull
 from services.metrics.points import Point
-from services.metrics.writer import Writer
+from services.metrics.writer import PATIENCE, Writer
 
 
 @dataclass
@@ -143,3 +143,16 @@ def test_the_end_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None
     assert time.monotonic() - begun < 3
     assert sum(refused) == 3
     assert all(isinstance(receipt.exception(1), BackendUnavailable) for receipt in receipts)
+
+
+def test_what_nobody_waits_for_goes_with_what_comes_next() -> None:
+    stub = Stub()
+    with writing(stub, window_s=0.05) as (writer, _):
+        patient = writer.put(points(1), awaited=False)
+        writer.put(points(2)).result(5)
+        assert patient.done()
+        assert stub.kept == [1, 2]
+        begun = time.monotonic()
+        writer.put(points(3), awaited=False).result(5)
+        assert time.monotonic() - begun >= 0.05 * PATIENCE
+    assert len(stub.batches) == 2
