@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import json
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
+import grpc
 import typer
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
+from rich.markup import escape
 
 from lingqu.cli.arguments import Aggregate, duration
 from lingqu.cli.connection import METRICS_PORT, Suite, err, fail, out, run
-from lingqu.cli.output import Format, Output, as_json, table, when
+from lingqu.cli.output import Format, Output, as_json, plain, table, when
 from lingqu.metrics.v1 import alerts_pb2, metrics_pb2
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
 
@@ -24,6 +29,7 @@ app = typer.Typer(
 rules = typer.Typer(help="Rules of alerts: ours, and yours.", no_args_is_help=True)
 app.add_typer(rules, name="rules")
 TIMEOUT_S = 30.0
+WATCH_AGAIN_S = 1.0
 
 Name = Annotated[str, typer.Argument(help="As `lingqu alerts rules list` names it.")]
 
@@ -52,6 +58,20 @@ def list_(
 ) -> None:
     """Alerts that fire; the worst first."""
     _list(context.obj, everything, rule, output)
+
+
+@app.command()
+def watch(
+    context: typer.Context,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what is pending, and what was resolved lately.")
+    ] = False,
+    rule: Annotated[str, typer.Option(help="Only of this rule.")] = "",
+    output: Output = Format.table,
+) -> None:
+    """What fires, then every change, until Ctrl-C."""
+    states = [] if everything else [alerts_pb2.ALERT_STATE_FIRING]
+    run(_watch(context.obj, alerts_pb2.WatchAlertsRequest(states=states, rule=rule), output))
 
 
 @rules.command("list")
@@ -256,6 +276,36 @@ def test_webhook(context: typer.Context) -> None:
     answer = _call(context.obj, lambda stub: stub.TestWebhook, alerts_pb2.TestWebhookRequest())
     took_ms = answer.took.ToMicroseconds() / 1000
     out.print(f"the webhook took it: HTTP {answer.status}, {took_ms:.0f} ms")
+
+
+async def _watch(suite: Suite, request: alerts_pb2.WatchAlertsRequest, output: Format) -> None:
+    """Begins again when the service does. Raises AioRpcError if it was not there at first."""
+    came = False
+    while True:
+        try:
+            async with suite.channel(METRICS_PORT) as channel:
+                call = MetricsServiceStub(channel).WatchAlerts(request, metadata=suite.metadata)
+                async for change in call:
+                    came = True
+                    _print_change(change, output)
+        except grpc.aio.AioRpcError as error:
+            if not came or error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                raise
+        err.print("[yellow]the metrics service is away; watching again[/yellow]")
+        await asyncio.sleep(WATCH_AGAIN_S)
+
+
+def _print_change(change: Any, output: Format) -> None:
+    if output == Format.json:
+        typer.echo(json.dumps(plain(change), ensure_ascii=False))
+    elif change.current:
+        err.print("[dim]that is how things stand; changes follow[/dim]")
+    else:
+        severity, state, rule, labels, since, summary = map(str, _row(change.alert))
+        before = _lower(alerts_pb2.AlertState, change.before, "ALERT_STATE_")
+        came_from = f" (was {before})" if before else f" since {since}"
+        words = f"[bold]{escape(rule)}[/bold] {escape(labels)}".strip()
+        out.print(f"{datetime.now(UTC):%H:%M:%S} {severity} {words} {state}{came_from}: {escape(summary)}")
 
 
 def _list(suite: Suite, everything: bool, rule: str, output: Format) -> None:

@@ -41,6 +41,7 @@ from services.metrics.cardinality import Cardinality
 from services.metrics.host import Gpus, Host
 from services.metrics.http import otlp_app
 from services.metrics.intake import Intake
+from services.metrics.points import Point
 from services.metrics.readings import Refusal
 from services.metrics.sampling import measure
 from services.metrics.service import Metrics
@@ -172,7 +173,7 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         def not_kept(number: int) -> None:
             loop.call_soon_threadsafe(intake.note, "refused", Refusal.STORE, number)
 
-        writer, tails = Writer(kept, not_kept), Tails()
+        writer, tails = Writer(kept, not_kept), Tails[Point]("points")
         intake = Intake(writer, tails, Cardinality())
         stack.enter_context(writer.running())
         alerts, callers = _alerts(kept, cfg), Callers(cfg.jwks)

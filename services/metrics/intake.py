@@ -32,7 +32,11 @@ class Intake:
     """Not thread-safe: for the event loop alone, but for `note`."""
 
     def __init__(
-        self, writer: Writer, tails: Tails, cardinality: Cardinality, now_ns: Callable[[], int] = time.time_ns
+        self,
+        writer: Writer,
+        tails: Tails[Point],
+        cardinality: Cardinality,
+        now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.writer = writer
         self._tails = tails

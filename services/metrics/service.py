@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from typing import Any, TypeVar
 
 from lingqu.metrics.v1 import capacity_pb2
@@ -15,13 +14,14 @@ from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceServicer
 from services.core.errors import QueueFull
 from services.core.identity import Callers
 from services.core.interceptors import Context
-from services.metrics import convert, tails
+from services.metrics import convert
 from services.metrics.alerts.engine import Engine
 from services.metrics.alerts.service import AlertRpcs
 from services.metrics.capacity import advice, figures
 from services.metrics.capacity import convert as capacity
+from services.metrics.points import Point
 from services.metrics.store import Store
-from services.metrics.tails import SlowTail, Tails
+from services.metrics.tails import Tails, send
 
 T = TypeVar("T")
 THREADS = 2
@@ -31,7 +31,7 @@ MAX_WAITING = 64
 class Metrics(AlertRpcs, MetricsServiceServicer):
     """Questions wait in threads of their own, so that slow ones are in nobody's way but each other's."""
 
-    def __init__(self, store: Store, followers: Tails, alerts: Engine, callers: Callers) -> None:
+    def __init__(self, store: Store, followers: Tails[Point], alerts: Engine, callers: Callers) -> None:
         super().__init__(alerts, callers)
         self._store, self._tails = store, followers
         self._threads = ThreadPoolExecutor(THREADS, "metrics-query")
@@ -47,15 +47,10 @@ class Metrics(AlertRpcs, MetricsServiceServicer):
         return convert.to_list_response(found, limit)
 
     async def Tail(self, request: pb.TailRequest, context: Any) -> AsyncIterator[pb.TailResponse]:
-        async with aclosing(self._tails.follow(convert.wanted(request))) as points:
-            async for point in points:
-                # Not yielded: only a write of our own can be given up when nobody takes it.
-                try:
-                    async with asyncio.timeout(tails.STALL_S):
-                        await context.write(convert.to_tail_response(point))
-                except TimeoutError as err:
-                    raise SlowTail(f"took nothing for {tails.STALL_S:.0f} s; follow again") from err
-        return
+        with self._tails.following(convert.wanted(request)) as tail:
+            while True:
+                for point in await tail.take():
+                    await send(context, convert.to_tail_response(point))
         yield  # a handler that writes to its context by itself still has to be a generator
 
     async def GetCapacity(

@@ -1,18 +1,21 @@
-"""Points as they come in, for those who follow."""
+"""What is published, for those who follow."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import grpc
 
 from services.core.errors import LingquError, QueueFull
-from services.metrics.points import Point
 
 MAX_TAILS = 32
 MAX_WAITING = 10_000
 STALL_S = 5.0
+
+T = TypeVar("T")
 
 
 class SlowTail(LingquError):
@@ -23,42 +26,43 @@ class SlowTail(LingquError):
     retry_after_s = 0.1
 
 
-class Tails:
-    """Everything that is published goes to all who follow; who falls behind is cut off."""
+class Tails(Generic[T]):
+    """Everything that is published goes to all who follow; who falls behind is cut off. `what` it is, is said
+    to them."""
 
-    def __init__(self) -> None:
-        self._tails: set[_Tail] = set()
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._tails: set[Tail[T]] = set()
 
     def __bool__(self) -> bool:
         return bool(self._tails)
 
-    def publish(self, points: Sequence[Point]) -> None:
+    def publish(self, some: Sequence[T]) -> None:
         for tail in list(self._tails):
-            tail.offer(points)
+            tail.offer(some)
 
-    async def follow(self, wanted: Callable[[Point], bool]) -> AsyncGenerator[Point, None]:
-        """Raises QueueFull if too many follow already, and SlowTail."""
+    @contextmanager
+    def following(self, wanted: Callable[[T], bool]) -> Iterator[Tail[T]]:
+        """From now on. Raises QueueFull if too many follow already."""
         if len(self._tails) >= MAX_TAILS:
             raise QueueFull(f"{MAX_TAILS} calls follow already", 5.0)
-        tail = _Tail(wanted)
+        tail = Tail(self._what, wanted)
         self._tails.add(tail)
         try:
-            while True:
-                for point in await tail.take():
-                    yield point
+            yield tail
         finally:
             self._tails.discard(tail)
 
 
-class _Tail:
-    def __init__(self, wanted: Callable[[Point], bool]) -> None:
-        self._wanted = wanted
-        self._waiting: list[Point] = []
+class Tail(Generic[T]):
+    def __init__(self, what: str, wanted: Callable[[T], bool]) -> None:
+        self._what, self._wanted = what, wanted
+        self._waiting: list[T] = []
         self._some = asyncio.Event()
         self._lost = False
 
-    def offer(self, points: Sequence[Point]) -> None:
-        found = [point for point in points if self._wanted(point)]
+    def offer(self, some: Sequence[T]) -> None:
+        found = [one for one in some if self._wanted(one)]
         if len(self._waiting) + len(found) > MAX_WAITING:
             self._waiting, self._lost = [], True
         elif not self._lost:
@@ -66,10 +70,23 @@ class _Tail:
         if found:
             self._some.set()
 
-    async def take(self) -> list[Point]:
+    async def take(self) -> list[T]:
+        """What has come, at least one. Raises SlowTail."""
         await self._some.wait()
         if self._lost:
-            raise SlowTail(f"more than {MAX_WAITING} points waited to be taken; follow again, with filters")
+            raise SlowTail(
+                f"more than {MAX_WAITING} {self._what} waited to be taken; follow again, with filters"
+            )
         self._some.clear()
         taken, self._waiting = self._waiting, []
         return taken
+
+
+async def send(context: Any, response: Any) -> None:
+    """For a handler, in place of yielding: only a write of our own can be given up when nobody takes it.
+    Raises SlowTail then."""
+    try:
+        async with asyncio.timeout(STALL_S):
+            await context.write(response)
+    except TimeoutError as err:
+        raise SlowTail(f"took nothing for {STALL_S:.0f} s; follow again") from err

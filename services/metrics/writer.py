@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 MAX_QUEUED = 100_000
 BATCH = 10_000
 WINDOW_S = 0.5
-PATIENCE = 4  # windows that points wait for others if nobody waits for them: a write costs 2 ms whatever is in it
+PATIENCE = 4
+"""How many windows points wait that nobody waits for: a write costs 2 ms, however little is in it."""
 DRAIN_S = 3.0
 
 Receipt = Future[None]

@@ -22,6 +22,7 @@ from services.core.errors import LingquError
 from services.metrics.alerts import notices, states
 from services.metrics.alerts.archive import Archive, Known
 from services.metrics.alerts.book import Book
+from services.metrics.alerts.changes import Change, changes
 from services.metrics.alerts.fresh import Asked
 from services.metrics.alerts.notices import Group, Notice, Notification, Timing
 from services.metrics.alerts.questions import Reading, questions, readings
@@ -30,6 +31,7 @@ from services.metrics.alerts.silences import silenced_by
 from services.metrics.alerts.states import Alert, State
 from services.metrics.alerts.webhook import Webhook, WebhookFailed
 from services.metrics.points import Labels, labels
+from services.metrics.tails import Tails
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,8 @@ class Engine:
         self._store, self._archive, self.book, self._webhook = store, archive, book, webhook
         self._every_s, self._timing, self._now_ns = every_s, timing or Timing(), now_ns
         self._known: Known = archive.known()
+        self.changes: Tails[Change] = Tails("changes of alerts")
+        self._evaluated: dict[str, Rule] = {}
         self._status: dict[str, Status] = {}
         self._due: dict[str, float] = {}
         self._asking = ThreadPoolExecutor(1, "alerts")
@@ -177,7 +181,8 @@ class Engine:
             )  # fmt: skip
         overflowed = result.overflowed if found is not None else last.overflowed
         self._status[rule.name] = Status(health, error, now, took_s, overflowed)
-        self._told_to_log(rule, before, result.alerts)
+        self._evaluated[rule.name] = rule
+        self._tell_changes(changes(rule, before, result.alerts))
         if _lasting(before) != _lasting(result.alerts):
             self._changed = True
         if result.alerts:
@@ -189,18 +194,24 @@ class Engine:
         answers = [self._store.query(query) for query in questions(rule.condition, now_ns)]
         return readings(rule.condition, answers)
 
-    def _told_to_log(self, rule: Rule, before: Mapping[Labels, Alert], after: Mapping[Labels, Alert]) -> None:
-        for known, alert in after.items():
-            was = before[known].state if known in before else State.INACTIVE
-            if was is not alert.state and State.FIRING in (was, alert.state):
+    def _tell_changes(self, found: list[Change]) -> None:
+        """To the log, and to those who watch."""
+        for change in found:
+            rule, alert = change.rule, change.alert
+            if State.FIRING in (change.before, alert.state):
                 level = logging.WARNING if alert.state is State.FIRING else logging.INFO
-                summary = summarised(rule, dict(known), alert.value)
+                summary = summarised(rule, dict(alert.labels), alert.value)
                 log.log(level, "alert %s (%s) is %s: %s", rule.name, rule.severity, alert.state, summary)
+        if found:
+            self.changes.publish(found)
 
     def _forget(self, rules: Mapping[str, Rule]) -> None:
         for name in [name for name in self._known.alerts if name not in rules]:
-            del self._known.alerts[name]
+            gone = self._known.alerts.pop(name)
             self._changed = True
+            if (rule := self._evaluated.get(name)) is not None:
+                self._tell_changes(changes(rule, gone, NOTHING))
+        self._evaluated = {name: rule for name, rule in self._evaluated.items() if name in rules}
         for name in [name for name in self._due if name not in rules]:
             del self._due[name]
             self._status.pop(name, None)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from lingqu.metrics.v1 import alerts_pb2, metrics_pb2
 from services.core.errors import InvalidInput, NotReady
 from services.core.identity import Callers
 from services.core.interceptors import Context
 from services.metrics.alerts import convert
+from services.metrics.alerts.changes import Change
 from services.metrics.alerts.engine import Engine, Health, described
 from services.metrics.alerts.notices import fingerprint
 from services.metrics.alerts.rules import Rule, Severity, summarised
 from services.metrics.alerts.silences import silenced_by
 from services.metrics.alerts.states import Alert, State, flapping
+from services.metrics.tails import send
 
 MAX_LISTED = 1000
 MAX_OVERFLOWED = 10
@@ -68,15 +71,8 @@ class AlertRpcs:
     ) -> alerts_pb2.ListAlertsResponse:
         if request.page_size > MAX_LISTED:
             raise InvalidInput("page_size", f"is at most {MAX_LISTED:,}")
-        limit, wanted = request.page_size or MAX_LISTED, set(request.states)
-        found = sorted(
-            (
-                (rule, alert)
-                for rule, alert in self._alerts.alerts()
-                if request.rule in ("", rule.name) and (not wanted or _STATES[alert.state] in wanted)
-            ),
-            key=_order,
-        )
+        limit = request.page_size or MAX_LISTED
+        found = self._found(request)
         unknown = [name for name in self._alerts.book.rules() if self._is_unknown(name)]
         now = self._now_ns()
         return alerts_pb2.ListAlertsResponse(
@@ -84,6 +80,28 @@ class AlertRpcs:
             truncated=len(found) > limit,
             unknown_rules=unknown,
         )
+
+    async def WatchAlerts(
+        self, request: alerts_pb2.WatchAlertsRequest, context: Any
+    ) -> AsyncIterator[alerts_pb2.WatchAlertsResponse]:
+        wanted = set(request.states)
+
+        def is_wanted(change: Change) -> bool:
+            states = {_STATES[change.before], _STATES[change.alert.state]}
+            return request.rule in ("", change.rule.name) and (not wanted or bool(wanted & states))
+
+        with self._alerts.changes.following(is_wanted) as tail:
+            now = self._now_ns()
+            for rule, alert in self._found(request):
+                alert_now = self._alert(rule, alert, now)
+                await send(context, alerts_pb2.WatchAlertsResponse(alert=alert_now))
+            await send(context, alerts_pb2.WatchAlertsResponse(current=True))
+            while True:
+                for change in await tail.take():
+                    changed = self._alert(change.rule, change.alert, self._now_ns())
+                    before = _STATES[change.before]
+                    await send(context, alerts_pb2.WatchAlertsResponse(alert=changed, before=before))
+        yield  # a handler that writes to its context by itself still has to be a generator
 
     async def CreateSilence(
         self, request: alerts_pb2.CreateSilenceRequest, context: Context
@@ -118,6 +136,17 @@ class AlertRpcs:
         status = await self._alerts.test_webhook()
         took = convert.duration(time.perf_counter() - begun)
         return alerts_pb2.TestWebhookResponse(status=status, took=took)
+
+    def _found(
+        self, request: alerts_pb2.ListAlertsRequest | alerts_pb2.WatchAlertsRequest
+    ) -> list[tuple[Rule, Alert]]:
+        wanted = set(request.states)
+        found = (
+            (rule, alert)
+            for rule, alert in self._alerts.alerts()
+            if request.rule in ("", rule.name) and (not wanted or _STATES[alert.state] in wanted)
+        )
+        return sorted(found, key=_order)
 
     def _rule(self, rule: Rule) -> metrics_pb2.AlertRule:
         return convert.from_rule(rule, self._alerts.book.is_default(rule.name))
