@@ -25,7 +25,7 @@ from services.core import tls
 from services.core.access import Access, Client, Limits
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
 from services.core.lifecycle import CHANNEL_OPTIONS
-from services.gateway.listener import Entry
+from services.gateway.listener import TOLD_PERCENT, Entry
 from services.gateway.snapshot import Snapshot, snapshot
 from services.gateway.view import view
 
@@ -125,7 +125,7 @@ def _measure(suite: Suite) -> list[Target]:
     return found
 
 
-def policies(suite: Suite, *, rest: str = "", metrics: str = "", percent: int = 10) -> Snapshot:
+def policies(suite: Suite, *, rest: str = "", metrics: str = "", percent: int = TOLD_PERCENT) -> Snapshot:
     """A suite with CLIENTS clients, whose one replica is the Triton of `suite` with a model "echo",
     or something at `rest` that answers OpenAI's API for a model "mock". `metrics`: who is told of
     so many percent of tensor requests."""

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from tritonclient.grpc import service_pb2 as _oip  # noqa: F401 - reflection shows it
 
 from lingqu.gateway.v1.gateway_pb2_grpc import add_GatewayServiceServicer_to_server
+from services.core import certificates
 from services.core.audit import audited
 from services.core.backoff import Backoff
 from services.core.discovery import Replica
@@ -40,7 +41,7 @@ from services.gateway.figures import BEHIND, CLIENTS, DATA_PLANES, Figures
 from services.gateway.issuers import Issuers
 from services.gateway.keys import KeyRing
 from services.gateway.limits.app import GlobalLimits
-from services.gateway.listener import Entry, Limiting
+from services.gateway.listener import TOLD_PERCENT, Entry, Limiting
 from services.gateway.providers import ProvidersFile
 from services.gateway.secrets import SecretFiles, WatchedSecrets
 from services.gateway.service import Gateway
@@ -68,7 +69,7 @@ class GatewaySettings(Settings):
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     """PEM file of the CAs whose certificates say who a client is, in place of a key."""
-    metrics_percent: int = Field(10, ge=1, le=100)
+    metrics_percent: int = Field(TOLD_PERCENT, ge=1, le=100)
     """Of how many tensor requests in a hundred the metrics service is told; of all others of each."""
     cors_origins: Origins = ()
     """Web pages that may call the public port, "https://app.example,https://*.lab.example"; default: none."""
@@ -144,7 +145,9 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
             return replace(entry, jwks=issuers.jwks, issuers=issuers.others, secrets=secrets.current)
 
         collector = cfg.otlp_endpoint or cfg.metrics
-        figures = Figures(stack.enter_context(metering("lingqu-gateway-control", collector, address)))
+        meter = stack.enter_context(metering("lingqu-gateway-control", collector, address))
+        certificates.tell_days_left(meter, cfg.secret_files.used())
+        figures = Figures(meter)
         limiter = cfg.limiter_address or address
         limits = GlobalLimits(registry, limiter, cfg.limits_lease_s, changed, cfg.identity)
         control = ControlPlane(current_entry, registry, changed, limits, (issuers,), figures)

@@ -29,6 +29,7 @@ from services.gateway.routes import OWN_REST, ROUTES
 from services.gateway.secrets import Secrets, downstream
 
 LISTENER = "public"
+TOLD_PERCENT = 5
 # In lines of the access log: for how many requests one stands; and that it is told because it failed, whether
 # it was drawn or not.
 WEIGHT_TAG, FAILURE_TAG = "weight", "failure"
@@ -54,7 +55,7 @@ class Entry:
     secrets: Secrets = field(default_factory=Secrets)
     metrics: str = ""
     """Who is told of requests that ended."""
-    metrics_percent: int = 10
+    metrics_percent: int = TOLD_PERCENT
     """Of how many tensor requests, drawn at random."""
     times: edge.Times = field(default_factory=edge.Times)
     issuers: tuple[Issuer, ...] = ()

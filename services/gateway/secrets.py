@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from services.core import certificates
 from services.core.authority import TRUST_DOMAIN
+from services.core.certificates import Used
 from services.core.tls import Identity
 from services.gateway.clusters import ADS, ANY_REST, METRICS, SHADOW, TRACES
 
@@ -49,6 +51,14 @@ class SecretFiles:
     public: tuple[Path, Path] | None = None
     clients: Path | None = None
     identity: Identity | None = None
+
+    def used(self) -> Iterator[Used]:
+        """Files with certificates."""
+        if self.public:
+            yield Used("public", self.public[0])
+        if self.clients:
+            yield Used("clients-ca", self.clients, authorities=True)
+        yield from certificates.of(self.identity)
 
     def read(self) -> Secrets:
         """Raises OSError, or ValueError if a file is no PEM."""

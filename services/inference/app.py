@@ -11,6 +11,7 @@ import grpc
 from pydantic import Field
 
 from lingqu.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from services.core import certificates
 from services.core.access import watched_access
 from services.core.discovery import Model, Replica, Version
 from services.core.interceptors import server_stack
@@ -96,6 +97,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         limiters = watched_owners(registry, asyncio.Event())
         usage = UsageReports(lambda: addresses(limiters.items.values()), cfg.identity)
         meter = stack.enter_context(metering("lingqu-inference", cfg.otlp_endpoint or cfg.metrics, address))
+        certificates.tell_days_left(meter, certificates.of(cfg.identity))
         comparisons = Comparisons(cfg.metrics)
         figures = Figures(meter, usage.charge, comparisons.ended)
         figures.gauge(UP, lambda: [({}, 1.0)])

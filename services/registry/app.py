@@ -18,6 +18,7 @@ from lingqu.registry.v1 import (
     models_pb2_grpc,
     rollouts_pb2_grpc,
 )
+from services.core import certificates
 from services.core.audit import audited
 from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
@@ -69,6 +70,7 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         meter = stack.enter_context(
             metering("lingqu-registry", cfg.otlp_endpoint or cfg.metrics, cfg.registry_listen)
         )
+        certificates.tell_days_left(meter, certificates.of(cfg.identity))
         etcd = Etcd(cfg.etcd, cfg.identity)
         stack.push_async_callback(etcd.close)
         mirror, leases, renewals = Mirror(etcd), Leases(etcd), Renewals(etcd)

@@ -20,6 +20,8 @@ import lingqu
 from bench import suite as suites
 from bench.suite import Suite
 from deploy.local import layout as at
+from lingqu.metrics.v1 import metrics_pb2
+from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
 from services.core.authority import Authority
 from tests.conftest import free_offset, show_logs
 from tests.waiting import until
@@ -66,6 +68,32 @@ async def test_every_client_works(secured: Suite) -> None:
         return list(found.flatten())
 
     assert await asyncio.to_thread(tensors) == [1, 2]
+
+
+async def test_days_left_of_every_certificate_are_told(secured: Suite) -> None:
+    request = metrics_pb2.QueryRequest(
+        measurement="lingqu.certificate.days_left",
+        aggregate=metrics_pb2.AGGREGATE_LAST,
+        group_by=["certificate", "service"],
+    )
+    between = {
+        (name, f"lingqu-{service}")
+        for name in ("mtls", "mtls-ca")
+        for service in ("gateway-control", "inference", "registry")
+    }
+    edge = {("public", "lingqu-gateway-control"), ("clients-ca", "lingqu-gateway-control")}
+    async with grpc.aio.insecure_channel(secured.layout.address(at.METRICS)) as channel:
+        stub = MetricsServiceStub(channel)
+
+        async def told() -> bool:
+            answer = await stub.Query(request, timeout=10)
+            days = {
+                (series.labels["certificate"], series.labels["service"]): series.samples[-1].value
+                for series in answer.series
+            }
+            return days.keys() == between | edge and min(days.values()) > 89
+
+        await until(told, "each part has told of its own")
 
 
 async def test_envoy_finds_the_replicas_healthy(secured: Suite) -> None:

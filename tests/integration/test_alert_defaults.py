@@ -75,6 +75,9 @@ def world(*, well: bool) -> list[Point]:
         *(series("lingqu.gateway.nacks", {**OF_GATEWAY, "kind": "cluster"}, 1.0) if bad else ()),
         *series("lingqu.gateway.refused", OF_GATEWAY, bad),
         *series("lingqu.gateway.data_planes.behind", OF_GATEWAY, bad),
+        *series(
+            "lingqu.certificate.days_left", {**OF_GATEWAY, "certificate": "public"}, 30.0 if well else 2.5
+        ),
         *series("collector", {"what": "refused", "why": "series"}, 100.0 * bad),
     ]
 

@@ -28,7 +28,10 @@ from deploy.local.layout import Layout
 from lingqu.cli.main import app
 from lingqu.metrics.v1 import alerts_pb2, metrics_pb2
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
+from services.core import certificates
+from services.core.authority import Authority
 from services.core.settings import load
+from services.core.telemetry import metering
 from services.gateway.keys import KeyRing
 from services.metrics import tails
 from services.metrics.alerts import convert, engine, webhook
@@ -611,3 +614,30 @@ async def test_the_command_watches_through_a_restart(tmp_path: Path) -> None:
     finally:
         process.terminate()
         await process.wait()
+
+
+# Certificates
+
+
+async def test_a_certificate_that_ends_soon_is_told_until_it_is_renewed(tmp_path: Path) -> None:
+    authority = Authority.at(tmp_path / "ca")
+    path = tmp_path / "public.pem"
+
+    async def firing(made: Suite) -> set[str]:
+        answer = await made.stub.ListAlerts(alerts_pb2.ListAlertsRequest(states=[FIRING]), timeout=10)
+        of_ours = {a.rule: a for a in answer.alerts if a.labels.get("certificate") == "public"}
+        assert all("public of gate at here expires in" in alert.summary for alert in of_ours.values())
+        return set(of_ours)
+
+    async with suite(tmp_path) as made:
+        address = Layout(tmp_path, made.offset).address(at.METRICS)
+        authority.issue(path, "", ["127.0.0.1"], days=2)
+        with metering("gate", address, "here", every_s=0.1) as meter:
+            certificates.tell_days_left(meter, [certificates.Used("public", path)])
+
+            async def fire(*expected: str) -> bool:
+                return await firing(made) == set(expected)
+
+            await until(lambda: fire("certificate-expires", "certificate-expires-soon"), "both fire")
+            authority.issue(path, "", ["127.0.0.1"], days=100)
+            await until(lambda: fire(), "neither is left")

@@ -128,6 +128,27 @@ DEFAULTS = (
         for_s=_M,
         summary="{value} Envoys of {instance} have not the newest configuration",
     ),
+    *(
+        Rule(
+            name,
+            Threshold(
+                Selection(
+                    "lingqu.certificate.days_left",
+                    aggregate=Aggregate.LAST,
+                    group_by=("certificate", "instance", "service"),
+                ),
+                _M,
+                Comparison.BELOW,
+                days,
+            ),
+            severity,
+            summary="certificate {certificate} of {service} at {instance} expires in {value} days",
+        )
+        for name, days, severity in (
+            ("certificate-expires", 14.0, Severity.WARNING),
+            ("certificate-expires-soon", 3.0, Severity.CRITICAL),
+        )
+    ),
     Rule(
         "store-spool-filling",
         Threshold(Selection("spool", "bytes", Aggregate.LAST), 2 * _M, Comparison.ABOVE, _SPOOL_BYTES),
