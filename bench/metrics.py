@@ -1,18 +1,18 @@
 """What telling the metrics service of requests costs (`make bench-metrics`).
 
-Envoys with all policies that tell of every request, of one in ten and of none take turns before one Triton
-with an echo model: many short turns, since a rate drifts by more than what is looked for. Processor time of
-Envoy is the price on the way of a request; that of the service is paid behind it."""
+Envoys with all policies that tell of every request, of as many as by default and of none take turns before
+one Triton with an echo model: many short turns, since a rate drifts by more than what is looked for. What
+Envoy takes of the processor is the price on the way of a request; what the service takes is paid behind it."""
 
 from __future__ import annotations
 
 import asyncio
-import statistics
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median as middle
 from typing import Any, NamedTuple
 
 import grpc
@@ -27,11 +27,12 @@ from deploy.local.part import Running
 from deploy.local.parts import Options, metrics
 from lingqu.metrics.v1 import metrics_pb2 as pb
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
+from services.gateway.listener import TOLD_PERCENT
 
-PASSES = 40
+PASSES = {100: 20, TOLD_PERCENT: 60}  # by how many requests in a hundred are told
 REQUESTS = 5_000
-NOT_TOLD, TOLD, DEFAULT = "not told", "told", "one in ten told"
-SETTLE_S = 1.5
+SETTLE_S = 2.5  # until what was told is kept
+IDLE_S = 4.0
 OFFSET = 500  # to the suite's ports
 
 
@@ -50,53 +51,78 @@ async def measure(suite: Suite) -> list[Target]:
 
 
 def _requests(suite: Suite, address: str, service: psutil.Process) -> list[Target]:
-    kinds = {
-        NOT_TOLD: gateway.policies(suite),
-        TOLD: gateway.policies(suite, metrics=address, percent=100),
-        DEFAULT: gateway.policies(suite, metrics=address),
-    }
+    kinds = {percent: gateway.policies(suite, metrics=address, percent=percent) for percent in PASSES}
+    kinds[0] = gateway.policies(suite)
     with ExitStack() as stack, tempfile.NamedTemporaryFile(suffix=".grpc") as file:
         file.write(tensor.frame())
         file.flush()
         envoys = {}
-        for number, (name, made) in enumerate(kinds.items()):
+        for number, (percent, made) in enumerate(kinds.items()):
             at_ = f"127.0.0.1:{gateway.PORT + 40 + number + suite.layout.offset}"
             running = stack.enter_context(contestants.envoy_with(contestants.static(made), at_))
-            envoys[name] = Loaded(suite.key, file.name, at_, running.pid)
+            envoys[percent] = Loaded(suite.key, file.name, at_, running.pid)
         for envoy in envoys.values():
             tensor.once(envoy.address, suite.key)
             envoy.load()
         time.sleep(SETTLE_S)
-        begun, used = _told(address), _cpu_s(service.pid)
-        all_told = _pairs(envoys[NOT_TOLD], envoys[TOLD], PASSES)
-        time.sleep(SETTLE_S)
-        lines = _told(address) - begun
-        behind = (_cpu_s(service.pid) - used) / lines * 1e6
-        default = _pairs(envoys[NOT_TOLD], envoys[DEFAULT], PASSES)
+        used = _cpu_s(service.pid)
+        time.sleep(IDLE_S)
+        idle = (_cpu_s(service.pid) - used) / IDLE_S
+        found = {
+            percent: _compared(envoys[0], envoys[percent], passes, service, idle, address)
+            for percent, passes in PASSES.items()
+        }
     print(
         f"\nmetrics: ModelInfer of an echo model, h2load -c 4 -m 16 -n {REQUESTS}, in pairs with and without"
     )
-    figures: dict[str, list[float]] = {}
-    for name, pairs in ((TOLD, all_told), (DEFAULT, default)):
-        print(row(f"{name} ÷ not told, req/s", [one.rate / other.rate for other, one in pairs], "×"))
-        figures[name] = [(one.envoy - other.envoy) for other, one in pairs]
-        print(row(f"{name} − not told, processor time of Envoy", figures[name], "µs"))
-    machine = [other.machine for other, _ in default]
-    print(row("not told, throughput", [other.rate for other, _ in default], "req/s"))
-    print(row("not told, processor time of Envoy", [other.envoy for other, _ in default], "µs"))
+    for percent, compared in found.items():
+        name = f"{percent} % told"
+        print(row(f"{name} ÷ not told, req/s", compared.ratios, "×"))
+        print(row(f"{name} − not told, processor time of Envoy", compared.added, "µs"))
+        print(f"  {name}, processor time of the service, a request{compared.behind:12.2f} µs")
+        sent = len(compared.pairs) * REQUESTS
+        print(f"  {name}, requests counted, of {sent:,}{compared.counted:22,.0f}")
+    default = found[TOLD_PERCENT]
+    machine = [without.machine for without, _ in default.pairs]
+    print(row("not told, throughput", [without.rate for without, _ in default.pairs], "req/s"))
+    print(row("not told, processor time of Envoy", [without.envoy for without, _ in default.pairs], "µs"))
     print(row("not told, processor time of everything", machine, "µs"))
-    print(f"  the service's processor time for a line, of {lines:,.0f}{behind:25.1f} µs")
-    added = statistics.median(figures[DEFAULT])
-    share = (added + behind / 10) / statistics.median(machine) * 100
-    ratio = statistics.median(one.rate / other.rate for other, one in default)
+    print(f"  the service, while nobody asks{idle * 100:31.2f} % of a processor")
+    share = (middle(default.added) + default.behind) / middle(machine) * 100
     return [
-        Target(
-            "Envoy's processor time, told", statistics.median(figures[TOLD]), 20, at_least=False, unit="µs"
-        ),
-        Target("Envoy's processor time, one in ten told", added, 20, at_least=False, unit="µs"),
-        Target("one in ten told (default) ÷ not told, req/s", ratio, 0.98),
+        Target("Envoy's processor time, told", middle(found[100].added), 20, at_least=False, unit="µs"),
+        Target("told by default ÷ not told, req/s", middle(default.ratios), 0.98),
         Target("processor time of telling, of a request's (default)", share, 2, at_least=False, unit="%"),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Turns of an Envoy that does not tell and of one that does; `behind`: µs of the service for each request
+    of the one that does, beyond what it takes anyway; `counted`: those requests, as the store has them."""
+
+    pairs: list[tuple[Taken, Taken]]
+    behind: float
+    counted: float
+
+    @property
+    def ratios(self) -> list[float]:
+        return [told.rate / without.rate for without, told in self.pairs]
+
+    @property
+    def added(self) -> list[float]:
+        """µs a request, of Envoy."""
+        return [told.envoy - without.envoy for without, told in self.pairs]
+
+
+def _compared(
+    without: Loaded, told: Loaded, passes: int, service: psutil.Process, idle: float, address: str
+) -> Compared:
+    counted, begun, used = _counted(address), time.monotonic(), _cpu_s(service.pid)
+    pairs = _pairs(without, told, passes)
+    time.sleep(SETTLE_S)
+    used = _cpu_s(service.pid) - used - idle * (time.monotonic() - begun)
+    return Compared(pairs, used / (passes * REQUESTS) * 1e6, _counted(address) - counted)
 
 
 class Taken(NamedTuple):
@@ -147,7 +173,7 @@ def _busy_s() -> float:
     return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
-def _told(address: str) -> float:
+def _counted(address: str) -> float:
     with grpc.insecure_channel(address) as channel:
         stub: Any = MetricsServiceStub(channel)
         answer = stub.Query(pb.QueryRequest(measurement="requests", aggregate=pb.AGGREGATE_SUM), timeout=30)

@@ -62,13 +62,18 @@ def branch(
     if fallback and not any(_able(service, target) for target in weighted):
         shares, refused, keys = [], 100, []
     if not any(keys):
-        shares = [entry for entry in (*shares, (fallback or _REFUSED, refused)) if entry[1]]
+        instead = fallback or _refused(service, targets[0].model)
+        shares = [entry for entry in (*shares, (instead, refused)) if entry[1]]
     named = {name: action(_named(service, target)) for name, target in sorted(asked.items())}
     otherwise = _split(shares, keys if any(keys) else ())
     if KINDS[service] == "tensor":
         # Their messages say it already: no script has to.
         own = {
-            str(number): action(_route(service, replace(t, pinned=False), []) if t.admits else _REFUSED)
+            str(number): action(
+                _route(service, replace(t, pinned=False), [])
+                if t.admits
+                else _refused(service, t.model, t.version)
+            )
             for number, t in numbers.items()
         }
         otherwise = versions.by_message(own, _UNSERVED, otherwise)
@@ -146,23 +151,34 @@ def _able(service: str, target: Target) -> bool:
 def _named(service: str, target: Target) -> dict[str, Any]:
     """The route of requests that ask for the version. They are not copied: a shadow is compared with the
     traffic that it might take over."""
-    return _route(service, target, [], pinned=True) if target.admits else _REFUSED
+    if not target.admits:
+        return _refused(service, target.model, target.version)
+    return _route(service, target, [], pinned=True)
+
+
+def _refused(service: str, name: str, version: int | str = "") -> dict[str, Any]:
+    """A breaker is open: the listener's mappers make the answer of it."""
+    return {"name": _called(service, name, version), "direct_response": {"status": breakers.REFUSED}}
+
+
+def _called(service: str, name: str, version: int | str) -> str:
+    """A version's cluster, and its routes: by them the metrics service knows what a request was for that no
+    replica got."""
+    return f"{KINDS[service]}/{name}/{version}"
 
 
 def _route(
     service: str, target: Target, mirrors: Sequence[dict[str, Any]], *, pinned: bool = False
 ) -> dict[str, Any]:
     version = str(target.version)
-    to: dict[str, Any] = {
-        "cluster": f"{KINDS[service]}/{target.model}/{version}",
-        **UNBOUNDED,
-    }
+    called = _called(service, target.model, version)
+    to: dict[str, Any] = {"cluster": called, **UNBOUNDED}
     if service == REST_SERVICE:
         to["retry_policy"] = REST_RETRIES
     if mirrors:
         to["request_mirror_policies"] = list(mirrors)
     metadata: dict[str, Any] = {ROUTE: {"model": target.model, "version": version}}
-    route: dict[str, Any] = {"route": to, "request_headers_to_remove": ["authorization"]}
+    route: dict[str, Any] = {"name": called, "route": to, "request_headers_to_remove": ["authorization"]}
     if KINDS[service] == "tensor":
         pin = pinned or target.pinned
         if pin:
@@ -201,8 +217,6 @@ def _mirrors(service: str, known: Model | None, numbers: Mapping[int, Target]) -
     ]
 
 
-# A breaker is open: the listener's mappers make the answer of it.
-_REFUSED: dict[str, Any] = {"direct_response": {"status": breakers.REFUSED}}
 # A script answers, since the answer names the version.
 _UNSERVED = action(
     {"direct_response": {"status": 404}, "typed_per_filter_config": model.script(model.UNSERVED)}

@@ -1,6 +1,6 @@
 """Envoy's access log as readings: one of `requests` for each request that ended, however it ended.
 
-The cluster says which API, model and version a request was for ("tensor/echo/1").
+The cluster, or the route of it, says which API, model and version a request was for ("tensor/echo/1").
 Times are seconds from its first byte: `received` until its last byte was there, `upstream` until it was
 passed on, `first_byte` until the answer began to come, `duration` until the last byte was sent; what did not
 happen has no field. `failed_after` is the duration of a request that failed. `value` is 1, or for how many
@@ -54,7 +54,7 @@ def readings(entries: Iterable[Any]) -> list[Reading]:
         common, request, response = entry.common_properties, entry.request, entry.response
         if common.intermediate_log_entry:
             continue
-        cluster = common.upstream_cluster
+        cluster = common.upstream_cluster or common.route_name  # of no replica there is only the route
         client = request.request_headers.get(CLIENT_HEADER, "")
         status = _status(response, cluster)
         tags = common.custom_tags

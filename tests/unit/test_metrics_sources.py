@@ -121,6 +121,13 @@ def test_what_did_not_happen_has_no_field_and_unknown_clusters_no_name() -> None
     assert found.labels["api"] == "other"
 
 
+def test_of_a_request_that_no_replica_got_the_route_says_what_it_was_for() -> None:
+    found = entry("", 503)
+    found.common_properties.route_name = "text/m/3"
+    labels = accesslog.readings([found])[0].labels
+    assert labels == {"client": "alice", "model": "m", "version": "3", "status": "UNAVAILABLE", "api": "text"}
+
+
 def tagged(status: str, **tags: str) -> Any:
     found = entry("tensor/m/1", response_trailers={"grpc-status": status})
     found.common_properties.custom_tags.update(tags)
