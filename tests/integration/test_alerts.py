@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import os
+import resource
 import sys
 import threading
 import time
@@ -310,6 +311,31 @@ async def test_files_that_are_corrupt_are_set_aside(tmp_path: Path) -> None:
     (folder / "rules.json").write_text(json.dumps(kept))
     async with suite(tmp_path, store=store) as made:
         assert (await made.rule()).rule.name == "hot"
+
+
+async def test_on_a_full_disk_alerts_go_on_and_what_cannot_be_kept_is_refused(
+    tmp_path: Path, receiver: Receiver
+) -> None:
+    """No file of this process may grow, as on a full disk."""
+    store, state = Answering(), tmp_path / "alerts" / "state.json"
+    async with suite(tmp_path, receiver.url, store) as made:
+        await made.create()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        try:
+            store.hot("kitchen")
+            await until(lambda: receiver.told("hot"), "it fires and is told")
+            with pytest.raises(grpc.aio.AioRpcError, match=r"rules\.json"):
+                await made.create(replace(HOT, name="other"))
+            assert not state.exists()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        await until(state.exists, "what fires is kept when there is room")
+        await made.create(replace(HOT, name="other"))
+    async with suite(tmp_path, receiver.url, store) as made:
+        assert list(await made.alerts(FIRING)) == ["kitchen"]
+        await made.evaluated()
+        assert len(receiver.told("hot")) == 1
 
 
 async def test_a_silence_holds_back_and_ends(tmp_path: Path, receiver: Receiver) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import httpx2
 import pytest
+from envoy.service.accesslog.v3 import als_pb2, als_pb2_grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
@@ -145,11 +146,29 @@ async def test_bad_points_are_refused_and_the_sender_is_told(service: Service) -
     )
 
 
-async def test_a_million_label_values_become_an_overflow_that_says_so(tmp_path: Path) -> None:
+async def test_lines_of_an_envoy_whose_clock_is_off_are_refused_and_counted(service: Service) -> None:
+    message = als_pb2.StreamAccessLogsMessage()
+    for ahead_s in (0, -30 * 3600, 600, 0):
+        entry = message.http_logs.log_entry.add()
+        entry.common_properties.upstream_cluster = "text/m/1"
+        entry.common_properties.start_time.FromNanoseconds(time.time_ns() + ahead_s * 1_000_000_000)
+    async with stub(service.address, als_pb2_grpc.AccessLogServiceStub) as sender:
+        call = sender.StreamAccessLogs(timeout=10)
+        await call.write(message)
+        refused = ("collector", "value")
+        await until(lambda: service.store.values(*refused, what="refused", why="time") == [2], "counted")
+        assert service.store.values("requests", model="m") == [1, 1]
+        call.cancel()
+
+
+@pytest.mark.parametrize("number_of", [12_000, pytest.param(1_000_000, marks=pytest.mark.soak)])
+async def test_label_values_without_end_become_an_overflow_that_says_so(
+    tmp_path: Path, number_of: int
+) -> None:
     store = Memory()
     async with running(tmp_path, store=store) as service:
-        batch = 6_000
-        for start in range(0, 2 * batch, batch):
+        batch = 4_000
+        for start in range(0, number_of, batch):
             request = metrics_service_pb2.ExportMetricsServiceRequest()
             points = (
                 request.resource_metrics.add().scope_metrics.add().metrics.add(name="m").gauge.data_points
@@ -161,12 +180,12 @@ async def test_a_million_label_values_become_an_overflow_that_says_so(tmp_path: 
         series = [labels for name, labels in store.series("m", 100_000)]
         assert len(series) == 5_001
         assert (("overflow", "true"),) in series
-        assert len(store.values("m")) == 2 * batch
+        assert len(store.values("m")) == number_of
         # Counters cannot be told apart there.
         request = export(("m", 1), temporality=CUMULATIVE, user="new")
         assert (await send(service, request)).partial_success.rejected_data_points == 1
         await until(
-            lambda: sum(store.values("collector", what="overflowed", why="m")) == 2 * batch - 5_000 + 1,
+            lambda: sum(store.values("collector", what="overflowed", why="m")) == number_of - 5_000 + 1,
             "the overflow is counted",
         )
 
