@@ -69,7 +69,7 @@ def readings(entries: Iterable[Any]) -> list[Reading]:
                 time = getattr(common, name)
                 if passed := time.seconds + time.nanos * 1e-9:
                     fields[field] = passed
-            if passed := _duration(common):
+            if "duration" not in fields and (passed := _duration(common)):
                 fields["duration"] = passed
             weight = tags.get(WEIGHT_TAG)
             if weight is None or status == "OK":  # others are told again, as failures
@@ -87,6 +87,7 @@ _TIMES = (
     ("received", "time_to_last_rx_byte"),
     ("upstream", "time_to_first_upstream_tx_byte"),
     ("first_byte", "time_to_first_upstream_rx_byte"),
+    ("duration", "time_to_last_downstream_tx_byte"),
 )
 
 
