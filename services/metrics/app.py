@@ -173,7 +173,7 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         def not_kept(number: int) -> None:
             loop.call_soon_threadsafe(intake.note, "refused", Refusal.STORE, number)
 
-        writer, tails = Writer(kept, not_kept), Tails[Point]("points")
+        writer, tails = Writer(kept, not_kept), Tails[Point]()
         intake = Intake(writer, tails, Cardinality())
         stack.enter_context(writer.running())
         alerts, callers = _alerts(kept, cfg), Callers(cfg.jwks)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from lingqu.metrics.v1 import capacity_pb2
@@ -47,10 +48,10 @@ class Metrics(AlertRpcs, MetricsServiceServicer):
         return convert.to_list_response(found, limit)
 
     async def Tail(self, request: pb.TailRequest, context: Any) -> AsyncIterator[pb.TailResponse]:
-        with self._tails.following(convert.wanted(request)) as tail:
-            while True:
-                for point in await tail.take():
-                    await send(context, convert.to_tail_response(point))
+        async with aclosing(self._tails.follow(convert.wanted(request))) as points:
+            async for point in points:
+                await send(context, convert.to_tail_response(point))
+        return
         yield  # a handler that writes to its context by itself still has to be a generator
 
     async def GetCapacity(

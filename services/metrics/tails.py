@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -30,7 +30,7 @@ class Tails(Generic[T]):
     """Everything that is published goes to all who follow; who falls behind is cut off. `what` it is, is said
     to them."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str = "points") -> None:
         self._what = what
         self._tails: set[Tail[T]] = set()
 
@@ -52,6 +52,13 @@ class Tails(Generic[T]):
             yield tail
         finally:
             self._tails.discard(tail)
+
+    async def follow(self, wanted: Callable[[T], bool]) -> AsyncGenerator[T, None]:
+        """One by one, from when the first is asked for. Raises QueueFull and SlowTail."""
+        with self.following(wanted) as tail:
+            while True:
+                for one in await tail.take():
+                    yield one
 
 
 class Tail(Generic[T]):
