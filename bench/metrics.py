@@ -1,8 +1,8 @@
 """What telling the metrics service of requests costs (`make bench-metrics`).
 
 Envoys with all policies that tell of every request, of as many as by default and of none take turns before
-one Triton with an echo model: many short turns, since a rate drifts by more than what is looked for. What
-Envoy takes of the processor is the price on the way of a request; what the service takes is paid behind it."""
+one Triton with an echo model: many short turns, since a rate drifts by more than what is looked for. What of
+the processor Envoy takes is the price on the way of a request; what the service takes is paid behind it."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ import grpc
 from services.metrics.readings import Reading
 
 REQUESTS = "requests"
+DRAWN_FIELD = "request_bytes"
+"""Readings that have it are all requests of their kind, or were drawn from them whatever became of them."""
 CLIENT_HEADER = "x-lingqu-client"  # services/gateway/headers.py
 STATUS = "grpc-status"
 WEIGHT_TAG, FAILURE_TAG = "weight", "failure"  # services/gateway/listener.py

@@ -72,6 +72,20 @@ class Traffic:
             message.http_logs.log_entry.append(self._entry(version, status, seconds))
         await self._log.write(message)
 
+    async def tensors(self, version: int, number: int, *, failing: float, percent: int) -> int:
+        """How many of these requests were drawn; each that failed is told apart from that."""
+        message, drawn = als_pb2.StreamAccessLogsMessage(), 0
+        for _ in range(number):
+            status = "14" if self._draw.random() < failing else "0"
+            tags = [{"weight": f"{100 / percent:g}"}] if self._draw.random() * 100 < percent else []
+            drawn += len(tags)
+            for tag in (*tags, *([{"failure": "1"}] if status != "0" else [])):
+                entry = self._entry(version, status, 0.1)
+                entry.common_properties.custom_tags.update(tag)
+                message.http_logs.log_entry.append(entry)
+        await self._log.write(message)
+        return drawn
+
     def _entry(self, version: int, status: str, seconds: float) -> accesslog_pb2.HTTPAccessLogEntry:
         entry = accesslog_pb2.HTTPAccessLogEntry()
         entry.common_properties.upstream_cluster = f"text/m/{version}"
@@ -275,6 +289,30 @@ async def test_who_ends_a_rollout_by_hand_is_not_contradicted(api: Api, traffic:
         await traffic.requests(2, 15)
 
     await traffic.until_state(api, ROLLOUT_STATE_SUCCEEDED, alike)
+
+
+async def test_of_tensor_requests_those_that_were_drawn_are_judged(tmp_path: Path, api: Api) -> None:
+    """However they ended. Failures are told beside them: with those a version would look worse than it is."""
+    await start(api, 10)
+    file = tmp_path / "metrics" / "verdicts.json"
+    async with judged(tmp_path / "metrics", api) as traffic:
+        await until(file.exists, "the rollout is followed")
+        drawn = 0
+
+        def seen() -> list[dict[str, int]]:
+            (trial,) = json.loads(file.read_bytes())
+            return [side["total"] for side in trial["sides"].values()]
+
+        async def enough() -> bool:
+            nonlocal drawn
+            drawn += await traffic.tensors(1, 100, failing=0.3, percent=10)
+            drawn += await traffic.tensors(2, 100, failing=0.3, percent=10)
+            return min(side["requests"] for side in seen()) >= 50
+
+        await until(enough, "requests are judged")
+        assert sum(side["requests"] for side in seen()) <= drawn
+        for side in seen():
+            assert side["hits"] / side["requests"] == pytest.approx(0.3, abs=0.2)
 
 
 async def test_evidence_outlives_the_service(tmp_path: Path, api: Api) -> None:

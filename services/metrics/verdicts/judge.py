@@ -20,7 +20,7 @@ from services.core.errors import LingquError
 from services.core.interceptors import Context
 from services.core.registry import NO_ANSWER, Registry, Watched
 from services.core.tasks import background
-from services.metrics.accesslog import REQUESTS
+from services.metrics.accesslog import DRAWN_FIELD, REQUESTS
 from services.metrics.alerts.defaults import BAD
 from services.metrics.intake import Intake
 from services.metrics.points import Point
@@ -69,7 +69,7 @@ class Judge:
     """`key` is an API key to report with, for models whose policy names who may; empty: none."""
 
     def __init__(
-        self, registry: Registry, intake: Intake, tails: Tails, archive: Archive, key: str = ""
+        self, registry: Registry, intake: Intake, tails: Tails[Point], archive: Archive, key: str = ""
     ) -> None:
         self._registry, self._intake, self._tails, self._archive = registry, intake, tails, archive
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
@@ -172,8 +172,8 @@ class Judge:
         )
         if trial is None or not version.isdigit() or status in UNJUDGED:
             return
-        weight = max(1, round(point.fields.get("value", 1.0)))
-        trial.take_request(int(version), status in _BAD, point.fields.get("duration"), weight)
+        if DRAWN_FIELD in point.fields:  # failures that are told beside would outweigh what went well
+            trial.take_request(int(version), status in _BAD, point.fields.get("duration"))
 
     async def _report(self, rollout: Rollout, trial: Trial) -> None:
         """What is new, and the figures from time to time."""

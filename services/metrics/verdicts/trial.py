@@ -77,10 +77,8 @@ class Side:
     slow: dict[float, Tally] = field(default_factory=dict)
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES))
 
-    def take(
-        self, failed: bool, weight: int, duration_s: float | None, bounds: Mapping[float, float]
-    ) -> None:
-        one = Tally(weight, weight if failed else 0)
+    def take(self, failed: bool, duration_s: float | None, bounds: Mapping[float, float]) -> None:
+        one = Tally(1, int(failed))
         self.new += one
         self.total += one
         if failed or duration_s is None:
@@ -117,14 +115,14 @@ class Trial:
         self._bounds: dict[float, float] = {}
         self._inputs: OrderedDict[int, None] = OrderedDict()
 
-    def take_request(self, version: int, failed: bool, duration_s: float | None, weight: int = 1) -> None:
-        """One that ended, of either version; it stands for `weight`."""
+    def take_request(self, version: int, failed: bool, duration_s: float | None) -> None:
+        """One that ended, of either version."""
         side = self.sides.get(version)
         if side is None:
             return
-        side.take(failed, weight, duration_s, self._bounds)
+        side.take(failed, duration_s, self._bounds)
         if version == self.version:
-            self.step_samples += weight
+            self.step_samples += 1
 
     def take_pair(self, pair: Pair) -> None:
         """Of the version's answer to a copy of a request of the other."""
