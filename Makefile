@@ -48,7 +48,7 @@ bench-metrics: install $(MODELS)             ## points a second, how long a dash
 	$(BIN)/python -m bench.stores $(ARGS)
 	$(BIN)/python -m bench.intake
 	$(BIN)/python -m bench.training
-	$(BIN)/python -m bench metrics capacity $(ARGS)
+	$(BIN)/python -m bench metrics capacity canary $(ARGS)
 
 bench-registry: install                      ## watchers, listing, keep-alives, memory, latency of the registry
 	$(BIN)/python -m bench.registry $(ARGS)

@@ -7,6 +7,7 @@ import asyncio
 import sys
 
 from bench import (
+    canary,
     capacity,
     control,
     gateway,
@@ -33,6 +34,7 @@ MEASURES |= {
     "peers": peers.measure,
     "metrics": metrics.measure,
     "capacity": capacity.measure,
+    "canary": canary.measure,
 }
 
 
