@@ -42,6 +42,7 @@ FAILED = answers_pb2.AnswerFailure()
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "BLOCK_S", 0.05)
     monkeypatch.setattr(judge, "FIGURES_S", 0.2)
+    monkeypatch.setattr(judge, "KEPT_S", 0.1)
 
 
 @pytest.fixture
@@ -64,12 +65,12 @@ class Traffic:
         self._draw, self._numbers = random.Random(1), itertools.count()
 
     async def requests(
-        self, version: int, number: int, *, failing: float = 0.01, seconds: float = 0.1
+        self, version: int, number: int, *, failing: float = 0.01, seconds: float = 0.1, model: str = "m"
     ) -> None:
         message = als_pb2.StreamAccessLogsMessage()
         for _ in range(number):
             status = "14" if self._draw.random() < failing else "0"
-            message.http_logs.log_entry.append(self._entry(version, status, seconds))
+            message.http_logs.log_entry.append(self._entry(version, status, seconds, model))
         await self._log.write(message)
 
     async def tensors(self, version: int, number: int, *, failing: float, percent: int) -> int:
@@ -86,9 +87,11 @@ class Traffic:
         await self._log.write(message)
         return drawn
 
-    def _entry(self, version: int, status: str, seconds: float) -> accesslog_pb2.HTTPAccessLogEntry:
+    def _entry(
+        self, version: int, status: str, seconds: float, model: str = "m"
+    ) -> accesslog_pb2.HTTPAccessLogEntry:
         entry = accesslog_pb2.HTTPAccessLogEntry()
-        entry.common_properties.upstream_cluster = f"text/m/{version}"
+        entry.common_properties.upstream_cluster = f"text/{model}/{version}"
         entry.common_properties.start_time.GetCurrentTime()
         entry.common_properties.time_to_last_downstream_tx_byte.FromNanoseconds(
             int(seconds * self._draw.uniform(0.5, 1.5) * 1e9)
@@ -363,6 +366,33 @@ async def test_the_registry_may_be_away_for_a_while(etcd_server: EtcdServer, tmp
             await traffic.until_state(again, ROLLOUT_STATE_ROLLED_BACK, going)
     finally:
         await context.__aexit__(None, None, None)
+
+
+async def test_rollouts_of_two_models_are_judged_apart(api: Api, traffic: Traffic) -> None:
+    """One begins while the other is in progress; the one that is well goes on."""
+    for _ in range(2):
+        await api.create("n")
+    await api.host(1, 2, model="n", instance="i2")
+    await api.promote(1, "n")
+    await start(api, 10)
+    plan = rollouts_pb2.RolloutPlan(steps=[rollouts_pb2.RolloutStep(percent=10, wait=Duration(seconds=60))])
+    other = rollouts_pb2.StartRolloutRequest(model="n", version=2, plan=plan)
+    await api.rollouts.StartRollout(other, timeout=5)
+
+    async def going() -> None:
+        await traffic.requests(1, 45)
+        await traffic.requests(2, 5, failing=0.7)
+        await traffic.requests(1, 45, model="n")
+        await traffic.requests(2, 5, model="n")
+
+    await traffic.until_state(api, ROLLOUT_STATE_ROLLED_BACK, going)
+
+    async def reported() -> bool:
+        await going()
+        return (await api.rollout("n")).report.verdict == VERDICT_PASS
+
+    await until(reported, "the other one has passed")
+    assert (await api.rollout("n")).state == ROLLOUT_STATE_RUNNING
 
 
 async def test_two_services_judge_what_comes_to_them(tmp_path: Path, api: Api) -> None:

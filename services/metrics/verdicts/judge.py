@@ -38,6 +38,8 @@ BLOCK_S = 1.0
 # How often figures are reported where the opinion is the same: each report is a write that all watchers see.
 FIGURES_S = 10.0
 TIMEOUT_S = 5.0
+# How often evidence is written down; at a clean stop, too.
+KEPT_S = 5.0
 MAX_TRIALS = 256
 COMPARED = "answers.compared"
 # Of nobody's making: the caller left, or asked for what cannot be.
@@ -79,6 +81,7 @@ class Judge:
         self._told: dict[str, _Told] = {}
         self._changed = asyncio.Event()
         self._judging = asyncio.Event()
+        self._kept_s = 0.0
         self._rollouts: Watched[Rollout | None] = Watched(
             registry, self._watch, lambda record: (record.name, convert.to_rollout(record)), self._changed
         )
@@ -105,33 +108,39 @@ class Judge:
         kept = await asyncio.to_thread(self._archive.read)
         async with background(self._rollouts.run(), self._follow()):
             await self._rollouts.synced.wait()
-            self._match(kept)
-            while True:
-                await self._turn()
-                await asyncio.sleep(BLOCK_S)
+            self._trials = kept
+            try:
+                while True:
+                    await self._turn()
+                    await asyncio.sleep(BLOCK_S)
+            finally:
+                self._keep([plain(trial) for trial in self._trials.values()])
 
     async def _turn(self) -> None:
         """One block: what came in, what is thought of it, who has to know."""
-        self._match({})
-        for trial in self._trials.values():
+        judged = self._judged()
+        for _, trial in judged:
             trial.close()
-        if self._trials:
-            try:
-                await asyncio.to_thread(self._archive.keep, [plain(trial) for trial in self._trials.values()])
-            except LingquError as err:
-                log.warning("%s; a restart would begin to judge anew", err)
-        for rollout in self._running():
-            await self._report(rollout, self._trials[rollout.id])
+        now = time.monotonic()
+        if judged and now - self._kept_s >= KEPT_S:
+            self._kept_s = now
+            await asyncio.to_thread(self._keep, [plain(trial) for _, trial in judged])
+        for rollout, trial in judged:
+            if not await self._report(rollout, trial):
+                break  # others would wait in vain as well
 
-    def _running(self) -> list[Rollout]:
-        found = [rollout for rollout in self._rollouts.items.values() if rollout is not None]
-        return sorted(found, key=lambda rollout: rollout.id)[:MAX_TRIALS]
+    def _keep(self, trials: list[dict[str, Any]]) -> None:
+        try:
+            self._archive.keep(trials)
+        except LingquError as err:
+            log.warning("%s; a restart would begin to judge anew", err)
 
-    def _match(self, kept: dict[str, Trial]) -> None:
-        """A trial for each rollout in progress, and none else."""
+    def _judged(self) -> list[tuple[Rollout, Trial]]:
+        """Every rollout in progress with its trial; those of others are forgotten."""
+        running = sorted((r for r in self._rollouts.items.values() if r is not None), key=lambda r: r.id)
         trials = {}
-        for rollout in self._running():
-            trial = self._trials.get(rollout.id) or kept.get(rollout.id)
+        for rollout in running[:MAX_TRIALS]:
+            trial = self._trials.get(rollout.id)
             if trial is None or trial.terms != rollout.terms:
                 trial = Trial(rollout.id, rollout.model, rollout.version, rollout.before, rollout.terms)
             trial.at(rollout.step)
@@ -143,6 +152,7 @@ class Judge:
             self._judging.set()
         else:
             self._judging.clear()
+        return [(rollout, trials[rollout.id]) for rollout in running[:MAX_TRIALS]]
 
     async def _follow(self) -> None:
         """Requests, while something is judged."""
@@ -175,14 +185,14 @@ class Judge:
         if DRAWN_FIELD in point.fields:  # failures that are told beside would outweigh what went well
             trial.take_request(int(version), status in _BAD, point.fields.get("duration"))
 
-    async def _report(self, rollout: Rollout, trial: Trial) -> None:
-        """What is new, and the figures from time to time."""
+    async def _report(self, rollout: Rollout, trial: Trial) -> bool:
+        """What is new, and the figures from time to time. False: the registry does not answer."""
         told = self._told.setdefault(rollout.id, _Told())
         opinion, why = trial.opinion() if rollout.judged else (Opinion.NONE, "")
         now, anew = time.monotonic(), told.step != rollout.step
         due = now - told.at_s >= FIGURES_S and trial.step_samples
         if not due and not ((anew or opinion != told.opinion) and opinion is not Opinion.NONE):
-            return
+            return True
         request = rollouts_pb2.ReportVerdictRequest(
             model=rollout.model,
             rollout=rollout.id,
@@ -199,13 +209,15 @@ class Judge:
         except grpc.aio.AioRpcError as err:
             if err.code() in NO_ANSWER:
                 self._registry.leave(channel)
-            elif err.code() is not grpc.StatusCode.FAILED_PRECONDITION:  # else the rollout has moved on
+                return False
+            if err.code() is not grpc.StatusCode.FAILED_PRECONDITION:  # else the rollout has moved on
                 log.warning('the verdict on "%s" is not taken: %s', rollout.model, err.details())
-                told.at_s = now
-            return
+                self._told[rollout.id] = _Told(rollout.step, opinion, now)  # no sooner than figures
+            return True
         if opinion is not told.opinion:
             log.info('verdict on "%s" version %d: %s %s', rollout.model, rollout.version, opinion.value, why)
         self._told[rollout.id] = _Told(rollout.step, opinion, now)
+        return True
 
     def _watch(self, revision: int, store_id: str) -> Any:
         request = models_pb2.WatchModelsRequest(resume_revision=revision, store_id=store_id)
