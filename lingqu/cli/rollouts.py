@@ -18,6 +18,12 @@ from lingqu.publishing import Publisher, patient
 from lingqu.registry.v1 import rollouts_pb2
 from lingqu.registry.v1.rollouts_pb2_grpc import RolloutServiceStub
 
+_OPINIONS = {
+    rollouts_pb2.VERDICT_UNSPECIFIED: "no opinion",
+    rollouts_pb2.VERDICT_PASS: "pass",
+    rollouts_pb2.VERDICT_FAIL: "fail",
+}
+
 app = typer.Typer(
     help="Automatic canaries: a version gets traffic step by step, and loses it when something is wrong.",
     no_args_is_help=True,
@@ -177,8 +183,8 @@ def _tell(rollout: rollouts_pb2.Rollout, output: Format) -> None:
         out.print(f"  guard     {escape(guard.metric)}{low}{high}, from {guard.min_samples} samples on")
     if rollout.HasField("report"):
         figures = ", ".join(f"{name} {value:g}" for name, value in sorted(rollout.report.figures.items()))
-        opinion = rollouts_pb2.Verdict.Name(rollout.report.verdict).removeprefix("VERDICT_").lower()
-        out.print(f"  report    {opinion} {escape(figures)} from {rollout.report.samples} samples")
+        opinion = _OPINIONS[rollout.report.verdict]
+        out.print(f"  report    {opinion}: {escape(figures)} from {rollout.report.samples} samples")
         if rollout.report.detail and rollout.state == rollouts_pb2.ROLLOUT_STATE_RUNNING:
             out.print(f"            {escape(rollout.report.detail)}")
     if rollout.detail:
