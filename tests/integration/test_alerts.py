@@ -6,98 +6,33 @@ import asyncio
 import hashlib
 import hmac
 import json
-import os
 import resource
-import sys
-import threading
-import time
-from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
-from typer.testing import CliRunner
 
 from deploy.local import layout as at
 from deploy.local.layout import Layout
-from lingqu.cli.main import app
 from lingqu.metrics.v1 import alerts_pb2, metrics_pb2
-from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
 from services.core import certificates
 from services.core.authority import Authority
 from services.core.settings import load
 from services.core.telemetry import metering
 from services.gateway.keys import KeyRing
-from services.metrics import tails
-from services.metrics.alerts import convert, engine, webhook
+from services.metrics.alerts import webhook
 from services.metrics.alerts.notices import Notice, Notification
-from services.metrics.alerts.rules import Comparison, Rule, Selection, Threshold
 from services.metrics.app import MetricsSettings
-from services.metrics.app import running as service_running
-from services.metrics.queries import Aggregate, Query, Series
-from services.metrics.store import Store
-from tests.conftest import free_offset
-from tests.metrics import Memory
+from tests.alerting import FIRING, HOT, RESOLVED, Answering, Receiver, Suite, hurry, suite
 from tests.waiting import pause, until
-
-FIRING, RESOLVED = alerts_pb2.ALERT_STATE_FIRING, alerts_pb2.ALERT_STATE_RESOLVED
-INACTIVE = alerts_pb2.ALERT_STATE_INACTIVE
-HOT = Rule(
-    "hot",
-    Threshold(Selection("oven", aggregate=Aggregate.LAST, group_by=("room",)), 300, Comparison.ABOVE, 100.0),
-    summary="{room} is at {value}",
-)
 
 
 @pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "TICK_S", 0.05)
-    monkeypatch.setattr(Rule, "every_s", lambda rule, least_s: 0.1)
-    monkeypatch.setattr(engine, "MAX_PAUSE_S", 0.2)
-
-
-class Receiver:
-    """Takes notifications; answers `status`, and not before `answering` is set."""
-
-    def __init__(self) -> None:
-        self.taken: list[tuple[dict[str, Any], dict[str, str], bytes]] = []
-        self.status, self.asked = 200, 0
-        self.answering = threading.Event()
-        self.answering.set()
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                receiver.asked += 1
-                receiver.answering.wait(10)
-                if receiver.status == 200:
-                    headers = {name.lower(): value for name, value in self.headers.items()}
-                    receiver.taken.append((json.loads(body), headers, body))
-                self.send_response(receiver.status)
-                self.end_headers()
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/hook"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def told(self, rule: str) -> list[dict[str, Any]]:
-        return [body for body, _, _ in self.taken if body["groupLabels"]["alertname"] == rule]
-
-    def close(self) -> None:
-        self.answering.set()
-        self.server.shutdown()
-        self.server.server_close()
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
 
 
 @pytest.fixture
@@ -105,95 +40,6 @@ def receiver() -> Iterator[Receiver]:
     made = Receiver()
     yield made
     made.close()
-
-
-class Answering(Memory):
-    """A store that answers `found` for the measurement "oven"."""
-
-    found: tuple[Series, ...] = ()
-
-    def query(self, query: Query) -> list[Series]:
-        super().query(query)
-        return list(self.found) if query.measurement == "oven" else []
-
-    def hot(self, *rooms: str) -> None:
-        self.found = tuple(Series((("room", room),), ((1, 200.0),)) for room in rooms)
-
-
-class Suite:
-    """The service, and its parts as others call them."""
-
-    def __init__(self, folder: Path, offset: int, channel: grpc.aio.Channel) -> None:
-        self.state, self.offset, self.stub = folder, offset, MetricsServiceStub(channel)
-        self._sender = metrics_service_pb2_grpc.MetricsServiceStub(channel)
-        (folder / "suite.json").write_text(json.dumps({"offset": offset, "pid": os.getpid()}))
-        if not (folder / "dev.key").exists():
-            (folder / "dev.key").write_text("none")
-
-    @asynccontextmanager
-    async def another(self) -> AsyncIterator[Any]:
-        """A stub with a connection of its own."""
-        address = Layout(self.state, self.offset).address(at.METRICS)
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(address, options=options) as channel:
-            yield MetricsServiceStub(channel)
-
-    async def measured(self, room: str, value: float) -> None:
-        request = metrics_service_pb2.ExportMetricsServiceRequest()
-        metric = request.resource_metrics.add().scope_metrics.add().metrics.add(name="oven")
-        point = metric.gauge.data_points.add(as_double=value, time_unix_nano=time.time_ns())
-        point.attributes.add(key="room").value.string_value = room
-        await self._sender.Export(request, timeout=10)
-
-    async def create(self, rule: Rule = HOT) -> None:
-        request = metrics_pb2.CreateAlertRuleRequest(rule=convert.from_rule(rule))
-        await self.stub.CreateAlertRule(request, timeout=10)
-
-    async def alerts(self, *states: Any) -> dict[str, Any]:
-        """Of the rule "hot", by room."""
-        request = alerts_pb2.ListAlertsRequest(rule="hot", states=states)
-        answer = await self.stub.ListAlerts(request, timeout=10)
-        return {alert.labels["room"]: alert for alert in answer.alerts}
-
-    async def rule(self, name: str = "hot") -> Any:
-        answer = await self.stub.ListAlertRules(metrics_pb2.ListAlertRulesRequest(), timeout=10)
-        return next(entry for entry in answer.rules if entry.rule.name == name)
-
-    async def evaluated(self) -> None:
-        """The rule was evaluated once more, from now on."""
-        now = time.time_ns()
-
-        async def later() -> bool:
-            return (await self.rule()).status.evaluated_time.ToNanoseconds() > now
-
-        await until(later, "the rule is evaluated")
-
-    async def cli(self, *args: str) -> tuple[int, str]:
-        done = await asyncio.to_thread(CliRunner().invoke, app, ["--state", str(self.state), "alerts", *args])
-        return done.exit_code, done.output
-
-
-@asynccontextmanager
-async def suite(
-    folder: Path, url: str = "", store: Store | None = None, offset: int = 0, **more: Any
-) -> AsyncIterator[Suite]:
-    offset = offset or free_offset()
-    layout = Layout(folder, offset)
-    given = {"alerts_interval_s": 0.0, "alerts_wait_s": 0.0, "alerts_every_s": 0.1, **more}
-    cfg = MetricsSettings(
-        metrics_listen=layout.address(at.METRICS),
-        metrics_http_listen=layout.address(at.METRICS_HTTP),
-        metrics_folder=folder,
-        grace_s=0.5,
-        alerts_webhook=url,
-        **given,
-    )
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    async with (
-        service_running(cfg, store),
-        grpc.aio.insecure_channel(cfg.metrics_listen, options=options) as channel,
-    ):
-        yield Suite(folder, offset, channel)
 
 
 async def test_an_alert_goes_from_a_point_to_the_receiver_and_back_and_through_a_restart(
@@ -491,158 +337,6 @@ def test_a_wrong_webhook_is_told_without_its_secrets(
         assert "LINGQU_ALERTS_WEBHOOK" in said
         assert "s3cret" not in said
     assert "s3cret" not in repr(webhook.Target("https://x/s3cret", "s3cret", "s3cret"))
-
-
-# Watching
-
-
-def what(response: alerts_pb2.WatchAlertsResponse) -> tuple[str, int, int]:
-    return response.alert.labels["room"], response.before, response.alert.state
-
-
-async def drained(call: Any) -> None:
-    while await call.read() is not grpc.aio.EOF:
-        continue
-
-
-async def test_who_watches_is_told_how_things_stand_and_every_change(tmp_path: Path) -> None:
-    store = Answering()
-    store.hot("kitchen")
-    async with suite(tmp_path, store=store) as made:
-        await made.create()
-        await until(lambda: made.alerts(FIRING), "it fires")
-        watch = made.stub.WatchAlerts(alerts_pb2.WatchAlertsRequest(rule="hot"), timeout=20)
-        found = await watch.read()
-        assert what(found) == ("kitchen", alerts_pb2.ALERT_STATE_UNSPECIFIED, FIRING)
-        assert found.alert.summary == "kitchen is at 200"
-        assert (await watch.read()).current
-        store.hot("kitchen", "hall")
-        assert what(await watch.read()) == ("hall", INACTIVE, FIRING)
-        store.hot("hall")
-        ended = await watch.read()
-        assert what(ended) == ("kitchen", FIRING, RESOLVED)
-        assert ended.alert.fingerprint == found.alert.fingerprint
-        assert ended.alert.HasField("resolved_time")
-        # With its rule an alert is gone, and those who watch hear of it.
-        await made.stub.DeleteAlertRule(metrics_pb2.DeleteAlertRuleRequest(name="hot"), timeout=10)
-        gone = [what(await watch.read()) for _ in range(2)]
-        assert sorted(gone) == [("hall", FIRING, INACTIVE), ("kitchen", RESOLVED, INACTIVE)]
-        watch.cancel()
-
-
-async def test_a_watch_may_be_for_some_states(tmp_path: Path) -> None:
-    store = Answering()
-    store.hot("kitchen")
-    async with suite(tmp_path, store=store) as made:
-        await made.create(replace(HOT, for_s=0.3))
-        watch = made.stub.WatchAlerts(alerts_pb2.WatchAlertsRequest(states=[FIRING]), timeout=20)
-        assert (await watch.read()).current
-        assert what(await watch.read()) == ("kitchen", alerts_pb2.ALERT_STATE_PENDING, FIRING)
-        watch.cancel()
-
-
-async def test_after_a_restart_a_watch_is_told_what_still_fires(tmp_path: Path) -> None:
-    store = Answering()
-    async with suite(tmp_path, store=store) as made:
-        await made.create()
-        watch = made.stub.WatchAlerts(alerts_pb2.WatchAlertsRequest(), timeout=20)
-        assert (await watch.read()).current
-        store.hot("kitchen")
-        before = await watch.read()
-        assert what(before) == ("kitchen", INACTIVE, FIRING)
-    async with suite(tmp_path, store=store) as made:
-        watch = made.stub.WatchAlerts(alerts_pb2.WatchAlertsRequest(), timeout=20)
-        again = await watch.read()
-        assert what(again) == ("kitchen", alerts_pb2.ALERT_STATE_UNSPECIFIED, FIRING)
-        assert again.alert.fired_time == before.alert.fired_time
-        assert (await watch.read()).current
-        watch.cancel()
-
-
-async def test_a_watcher_that_takes_nothing_is_cut_off_and_others_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It reads nothing, so that what is sent to it fills the windows of its connection and then stalls."""
-    monkeypatch.setattr(tails, "STALL_S", 0.3)
-    monkeypatch.setattr(tails, "MAX_TAILS", 2)
-    store = Answering()
-    rooms = [f"room{n}" + "x" * 10_000 for n in range(90)]
-    async with suite(tmp_path, store=store) as made, made.another() as others:
-        await made.create()
-        slow = others.WatchAlerts(alerts_pb2.WatchAlertsRequest(rule="hot"), timeout=30)
-        quick = made.stub.WatchAlerts(alerts_pb2.WatchAlertsRequest(rule="hot"), timeout=30)
-        heard: list[str] = []
-
-        async def reading() -> None:
-            async for change in quick:
-                heard.append(change.alert.labels["room"])
-
-        reader = asyncio.ensure_future(reading())
-
-        async def room_for_another() -> bool:
-            store.hot(*(() if store.found else rooms))
-            await made.evaluated()
-            third = made.stub.WatchAlerts(alerts_pb2.WatchAlertsRequest(rule="none"), timeout=5)
-            with suppress(grpc.aio.AioRpcError):
-                await third.read()
-                third.cancel()
-                return True
-            assert await third.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-            return False
-
-        await until(room_for_another, "it is cut off", timeout_s=20)
-        with pytest.raises(grpc.aio.AioRpcError, match="follow again") as cut:
-            await drained(slow)
-        assert cut.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        store.hot("kitchen")
-        await until(lambda: "kitchen" in heard, "others are told on")
-        assert set(rooms) <= set(heard)
-        reader.cancel()
-
-
-async def test_a_watcher_that_falls_behind_is_cut_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tails, "MAX_WAITING", 10)
-    store = Answering()
-    async with suite(tmp_path, store=store) as made:
-        await made.create()
-        watch = made.stub.WatchAlerts(alerts_pb2.WatchAlertsRequest(), timeout=20)
-        assert (await watch.read()).current
-        store.hot(*(f"room{n}" for n in range(11)))
-        with pytest.raises(grpc.aio.AioRpcError, match="more than 10 changes of alerts") as cut:
-            await watch.read()
-        assert cut.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-async def test_the_command_watches_through_a_restart(tmp_path: Path) -> None:
-    store, lingqu = Answering(), Path(sys.executable).with_name("lingqu")
-    store.hot("kitchen")
-
-    async def line() -> str:
-        assert process.stdout is not None
-        return (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
-
-    async with suite(tmp_path, store=store) as first:
-        await first.create()
-        await until(lambda: first.alerts(FIRING), "it fires")
-        process = await asyncio.create_subprocess_exec(
-            lingqu, "--state", str(tmp_path), "alerts", "watch", stdout=PIPE, stderr=DEVNULL
-        )
-        begun = await line()
-    try:
-        assert "warning hot room=kitchen firing since" in begun
-        assert "kitchen is at 200" in begun
-        async with suite(tmp_path, store=store, offset=first.offset):
-            assert "hot room=kitchen firing since" in await line()
-            store.hot()
-            assert "resolved (was firing)" in await line()
-    finally:
-        process.terminate()
-        await process.wait()
-
-
-# Certificates
 
 
 async def test_a_certificate_that_ends_soon_is_told_until_it_is_renewed(tmp_path: Path) -> None:
