@@ -7,6 +7,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,11 @@ async def measure(offset: int) -> list[Target]:
             return await _Probe(made).measured()
 
 
-class _Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
+class _Backend(grpc.GenericRpcHandler):
     """Answers with its name."""
 
     def __init__(self, name: str) -> None:
-        self._answer = service_pb2.ModelInferResponse(model_name=name).SerializeToString()
+        self._answer: bytes = service_pb2.ModelInferResponse(model_name=name).SerializeToString()
 
     async def start(self) -> None:
         self.server = grpc.aio.server()
@@ -62,7 +63,8 @@ class _Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _well(self, request: bytes, context: Any) -> bytes:
         well = health_pb2.HealthCheckResponse.SERVING
-        return health_pb2.HealthCheckResponse(status=well).SerializeToString()
+        answer: bytes = health_pb2.HealthCheckResponse(status=well).SerializeToString()
+        return answer
 
     async def _infer(self, request: bytes, context: Any) -> bytes:
         return self._answer
@@ -77,7 +79,7 @@ class _Probe:
         self._metadata = (("authorization", f"Bearer {made.keys.mint('boss', admin=True).key}"),)
         self._channel = grpc.aio.insecure_channel(gateway.public)
         self._control = grpc.aio.insecure_channel(gateway.layout.address(GATEWAY))
-        self._infer = self._channel.unary_unary(INFER)
+        self._infer: Any = self._channel.unary_unary(INFER)
         self._body = service_pb2.ModelInferRequest(model_name=PROBE).SerializeToString()
         self._lease = 0
         self._processes = {
@@ -101,7 +103,7 @@ class _Probe:
         await self._until("one")
         spent = self._spent()
         moved = await self._timed(
-            (lambda b=b: self._register(b.address, (1, 2)), name) for b, name in _turns(backends)
+            (partial(self._register, b.address, (1, 2)), name) for b, name in _turns(backends)
         )
         moving = self._spent(spent)
         # Version 1 on one backend, version 2 on the other: only the shares change.
@@ -110,7 +112,7 @@ class _Probe:
         await self._share(1)
         await self._until("one")
         spent = self._spent()
-        released = await self._timed((lambda n=n: self._share(n), name) for n, name in _shares())
+        released = await self._timed((partial(self._share, n), name) for n, name in _shares())
         releasing = self._spent(spent)
         rss = {name: process.memory_info().rss >> 20 for name, process in self._processes.items()}
         for backend in backends:
@@ -223,7 +225,7 @@ class _Probe:
         return found
 
     async def _described(self) -> Any:
-        stub: Any = GatewayServiceStub(self._control)  # type: ignore[misc]
+        stub: Any = GatewayServiceStub(self._control)
         return await stub.DescribeRoutes(
             gateway_pb2.DescribeRoutesRequest(), metadata=self._metadata, timeout=20
         )

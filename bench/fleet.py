@@ -49,12 +49,12 @@ class Arrival:
     admitted: float
 
 
-class Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
+class Backend(grpc.GenericRpcHandler):
     """Answers every tensor request at once."""
 
     def __init__(self) -> None:
         self.arrivals: list[Arrival] = []
-        self._answer = service_pb2.ModelInferResponse(model_name=MODEL).SerializeToString()
+        self._answer: bytes = service_pb2.ModelInferResponse(model_name=MODEL).SerializeToString()
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         return grpc.unary_unary_rpc_method_handler(self._infer) if details.method == INFER else None
@@ -213,7 +213,7 @@ class Caller:
     def __init__(self, fleet: Fleet, gateway: Gateway, client: str) -> None:
         self.client = client
         self._channel = grpc.aio.insecure_channel(gateway.public, options=CHANNEL_OPTIONS)
-        self._infer = self._channel.unary_unary(INFER)
+        self._infer: Any = self._channel.unary_unary(INFER)
         self._metadata = (("authorization", f"Bearer {fleet.keys.mint(client).key}"),)
         self._body = service_pb2.ModelInferRequest(model_name=MODEL).SerializeToString()
         self._name = f"{client}-{id(self):x}"

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import psutil
@@ -28,6 +29,7 @@ from services.core.lifecycle import CHANNEL_OPTIONS
 from services.gateway.listener import TOLD_PERCENT, Entry
 from services.gateway.snapshot import Snapshot, snapshot
 from services.gateway.view import view
+from tests.statics import static
 
 PASSES = 9
 REQUESTS = 20_000
@@ -178,6 +180,10 @@ class Load:
         return delays
 
 
+def _named(parts: tuple[str, ...], name: str) -> bool:
+    return any(part in name for part in parts)
+
+
 def _profile(suite: Suite, load: Load, made: Snapshot) -> None:
     """What one Envoy takes for a request with more and more of our filters."""
     ladder = {"router alone": contestants.pass_through(made, CLUSTER)}
@@ -185,10 +191,8 @@ def _profile(suite: Suite, load: Load, made: Snapshot) -> None:
     for part, said in STEPS:
         wanted.append(part)
         some = tuple(wanted)
-        ladder[f"+ {said}"] = contestants.with_filters(
-            made, CLUSTER, lambda name, some=some: any(part in name for part in some)
-        )
-    ladder["+ routes, errors"] = contestants.static(made)
+        ladder[f"+ {said}"] = contestants.with_filters(made, CLUSTER, partial(_named, some))
+    ladder["+ routes, errors"] = static(made)
     with ExitStack() as stack:
         addresses, running = {}, {}
         for number, (name, config) in enumerate(ladder.items()):

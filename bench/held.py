@@ -6,6 +6,7 @@ import asyncio
 import base64
 import statistics
 from contextlib import suppress
+from typing import Any
 
 import grpc
 
@@ -53,7 +54,7 @@ async def _streams(suite: Suite) -> list[Target]:
     await asyncio.sleep(1)
     before = process.memory_info().rss
 
-    async def hold(stub: InferenceServiceStub, number: int) -> None:
+    async def hold(stub: Any, number: int) -> None:
         request = pb.GenerateRequest(model=TEXT_MODEL, prompt=f"Stream {number} says", max_tokens=4000)
         with suppress(grpc.aio.AioRpcError):
             while True:  # a text may be complete before the time is over

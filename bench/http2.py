@@ -63,7 +63,7 @@ class GrpcConnection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclasses of it
         settings = struct.pack(">HI", 4, WINDOW)  # SETTINGS_INITIAL_WINDOW_SIZE
         out = PREFACE + frame(SETTINGS, 0, 0, settings)
-        transport.write(out + frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535)))
+        self._transport.write(out + frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW - 65535)))
 
     def call(self, request: bytes) -> int:
         """Send one request; its stream's number. Small ones only: the peer's window is not looked at."""

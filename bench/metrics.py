@@ -28,6 +28,7 @@ from deploy.local.parts import Options, metrics
 from lingqu.metrics.v1 import metrics_pb2 as pb
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
 from services.gateway.listener import TOLD_PERCENT
+from tests.statics import static
 
 PASSES = {100: 20, TOLD_PERCENT: 60}  # by how many requests in a hundred are told
 REQUESTS = 5_000
@@ -59,7 +60,7 @@ def _requests(suite: Suite, address: str, service: psutil.Process) -> list[Targe
         envoys = {}
         for number, (percent, made) in enumerate(kinds.items()):
             at_ = f"127.0.0.1:{gateway.PORT + 40 + number + suite.layout.offset}"
-            running = stack.enter_context(contestants.envoy_with(contestants.static(made), at_))
+            running = stack.enter_context(contestants.envoy_with(static(made), at_))
             envoys[percent] = Loaded(suite.key, file.name, at_, running.pid)
         for envoy in envoys.values():
             tensor.once(envoy.address, suite.key)
@@ -177,4 +178,4 @@ def _counted(address: str) -> float:
     with grpc.insecure_channel(address) as channel:
         stub: Any = MetricsServiceStub(channel)
         answer = stub.Query(pb.QueryRequest(measurement="requests", aggregate=pb.AGGREGATE_SUM), timeout=30)
-    return sum(sample.value for series in answer.series for sample in series.samples)
+    return sum(float(sample.value) for series in answer.series for sample in series.samples)

@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 from etcd3aio import _protobuf as etcd_pb
+from google.protobuf.duration_pb2 import Duration
 
 from bench.registry_parts import Child, etcd_child, registry_child
 from bench.report import Target, judged, row
@@ -31,7 +32,7 @@ from lingqu.registry.v1 import instances_pb2 as pb
 from lingqu.registry.v1.instances_pb2_grpc import RegistryServiceStub
 from services.core.lifecycle import CHANNEL_OPTIONS
 from services.registry.etcd import Etcd, Put
-from services.registry.instances import INSTANCES
+from services.registry.keyspace import INSTANCES
 
 OFFSET = 1200
 WATCHERS, WATCHER_PROCESSES, COMMITS = 1_000, 2, 100  # more processes compete for one core
@@ -128,7 +129,7 @@ async def watchers(quick: bool) -> list[Target]:
         before = bench.registry.cpu_s()
         for number in range(COMMITS):
             at_ = time.monotonic()
-            request = pb.RegisterInstanceRequest(instance=instance(f"i{number}"), ttl={"seconds": 600})
+            request = pb.RegisterInstanceRequest(instance=instance(f"i{number}"), ttl=Duration(seconds=600))
             registered = await bench.stub.RegisterInstance(request, timeout=10)
             begun[registered.revision] = at_
             await asyncio.sleep(0.3)
@@ -208,7 +209,7 @@ async def memory(quick: bool) -> list[Target]:
         async def cycle(most: int) -> None:
             for number in numbers:
                 name = f"i{number % 1000}-{number % CYCLERS}"
-                request = pb.RegisterInstanceRequest(instance=instance(name), ttl={"seconds": 60})
+                request = pb.RegisterInstanceRequest(instance=instance(name), ttl=Duration(seconds=60))
                 lease = (await bench.stub.RegisterInstance(request, timeout=30)).lease_id
                 gone = pb.DeregisterInstanceRequest(id=name, lease_id=lease)
                 await bench.stub.DeregisterInstance(gone, timeout=30)
@@ -238,7 +239,7 @@ async def latency(quick: bool) -> list[Target]:
         for number in range(REGISTRATIONS):
             record = instance(f"i{number}")
             at_ = time.perf_counter()
-            request = pb.RegisterInstanceRequest(instance=record, ttl={"seconds": 600})
+            request = pb.RegisterInstanceRequest(instance=record, ttl=Duration(seconds=600))
             await bench.stub.RegisterInstance(request, timeout=10)
             between = time.perf_counter()
             put = etcd_pb.PutRequest(key=f"/bench/{number}".encode(), value=record.SerializeToString())

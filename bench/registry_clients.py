@@ -8,9 +8,11 @@ import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 
 from bench.watch_client import watches
 from lingqu.registry.v1 import instances_pb2 as pb
@@ -46,7 +48,7 @@ async def keepalive(address: str, streams: int, name: str) -> None:
 
     async def register(number: int) -> int:
         request = pb.RegisterInstanceRequest(
-            instance=pb.Instance(id=f"{name}-{number}", service="bench"), ttl={"seconds": 600}
+            instance=pb.Instance(id=f"{name}-{number}", service="bench"), ttl=Duration(seconds=600)
         )
         async with at_once:
             stub = RegistryServiceStub(opened[number % len(opened)])
@@ -75,4 +77,5 @@ async def keepalive(address: str, streams: int, name: str) -> None:
 
 if __name__ == "__main__":
     kind, address, streams, *rest = sys.argv[1:]
-    asyncio.run({"watch": watch, "keepalive": keepalive}[kind](address, int(streams), *rest))
+    kinds: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {"watch": watch, "keepalive": keepalive}
+    asyncio.run(kinds[kind](address, int(streams), *rest))

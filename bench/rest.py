@@ -23,6 +23,7 @@ from bench import contestants, gateway
 from bench.mock import CHUNKS
 from bench.report import Target, ratio, row
 from bench.suite import Suite
+from tests.statics import static
 
 PASSES = 3
 PORT = 8940
@@ -44,7 +45,7 @@ async def measure(suite: Suite) -> list[Target]:
 
 def _measure(suite: Suite) -> list[Target]:
     mock, ours, theirs = (f"127.0.0.1:{PORT + suite.layout.offset + n}" for n in range(3))
-    config = contestants.static(gateway.policies(suite, rest=mock))
+    config = static(gateway.policies(suite, rest=mock))
     keys = {mock: "", ours: suite.key, theirs: LITELLM_KEY}
     with ExitStack() as stack:
         stack.enter_context(_answering([sys.executable, "-m", "bench.mock", mock], mock, keys[mock]))
@@ -122,8 +123,9 @@ def _answering(argv: list[str], address: str, key: str) -> Iterator[psutil.Proce
                 time.sleep(0.2)
         yield psutil.Process(child.pid)
     finally:
-        for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+        for process in psutil.Process(child.pid).children(recursive=True):
             process.terminate()
+        child.terminate()
         child.wait()
 
 

@@ -74,7 +74,7 @@ class _Talker(InferenceServiceServicer):
 async def held(made: Fleet, streams: int, seconds: float) -> Held:
     """Hold that many streams for that long, all of them begun first."""
     server = grpc.aio.server()
-    add_InferenceServiceServicer_to_server(_Talker(), server)
+    add_InferenceServiceServicer_to_server(_Talker(), server)  # type: ignore[abstract]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     registered = await _publish(made, f"127.0.0.1:{port}")

@@ -85,7 +85,7 @@ def _measure(addresses: dict[str, str], key: str, triton: str) -> list[Target]:
 
 def frame() -> bytes:
     """One request as gRPC sends it."""
-    raw = _request().SerializeToString()
+    raw: bytes = _request().SerializeToString()
     return b"\0" + len(raw).to_bytes(4, "big") + raw
 
 
