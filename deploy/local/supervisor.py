@@ -1,4 +1,4 @@
-"""Starts the parts in order, keeps them running, stops them in reverse; leaves nothing behind.
+"""Starts the parts in order, keeps them running, stops them in waves; leaves nothing behind.
 
 Each part is ready only when it answers. A part that dies is started again, at once the first time and with
 growing waits when it keeps dying. When the supervisor itself is killed, guard.py ends the parts.
@@ -136,13 +136,17 @@ class Supervisor:
             del self._running[part.name]
 
     async def _stop(self) -> None:
+        """What nobody needs first, then what only that needed, and so on; what is left at once."""
         self._stopping = True
-        for part in reversed(self._parts):
-            if (running := self._running.pop(part.name, None)) is not None:
-                begun = time.monotonic()
-                await running.stop()
-                self._to_guard(f"-{running.pid}")
-                self._tell(Event(part.name, "stopped", time.monotonic() - begun))
+        for wave in waves(self._parts):
+            await asyncio.gather(*(self._stop_part(part) for part in wave))
+
+    async def _stop_part(self, part: Part) -> None:
+        if (running := self._running.pop(part.name, None)) is not None:
+            begun = time.monotonic()
+            await running.stop()
+            self._to_guard(f"-{running.pid}")
+            self._tell(Event(part.name, "stopped", time.monotonic() - begun))
 
     def _why(self, part: Part, err: BaseException) -> str:
         log = self._layout.logs / f"{part.name}.log"
@@ -195,6 +199,16 @@ class Supervisor:
         if self._guard is not None and self._guard.stdin is not None:
             self._guard.stdin.close()
             self._guard.wait()
+
+
+def waves(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts that may end together, in the order in which they end: each a wave before the last of what it
+    needs, so that who needs nothing is the last to go."""
+    depths: dict[str, int] = {}
+    for part in parts:  # each comes behind what it needs
+        depths[part.name] = 1 + max((depths[need] for need in part.needs), default=-1)
+    deepest = max(depths.values(), default=-1)
+    return [[p for p in parts if depths[p.name] == depth] for depth in range(deepest, -1, -1)]
 
 
 class _Lock:

@@ -1,0 +1,35 @@
+"""In which order the parts of a suite end."""
+
+from __future__ import annotations
+
+from deploy.local.part import Part
+from deploy.local.supervisor import waves
+
+
+async def ready() -> bool:
+    return True
+
+
+def part(name: str, *needs: str) -> Part:
+    return Part(name, (), ready, needs=needs)
+
+
+def test_who_is_needed_outlives_who_needs_it_and_equals_end_together() -> None:
+    parts = [
+        part("etcd"),
+        part("triton"),
+        part("triton-2"),
+        part("registry", "etcd"),
+        part("metrics"),
+        part("gateway", "registry"),
+        part("inference", "registry", "triton"),
+        part("inference-2", "registry", "triton-2"),
+        part("envoy", "gateway"),
+    ]
+    assert [[part.name for part in wave] for wave in waves(parts)] == [
+        ["envoy"],
+        ["gateway", "inference", "inference-2"],
+        ["registry"],
+        ["etcd", "triton", "triton-2", "metrics"],
+    ]
+    assert waves([]) == []
