@@ -18,7 +18,7 @@ up: install $(MODELS)                        ## start the whole suite; Ctrl-C st
 	@exec $(BIN)/lingqu up $(ARGS)
 
 test: install $(MODELS)                      ## all tests, with real etcd, Triton and Envoy; ARGS="-n 0 …" for one
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2 $(ARGS)
+	$(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder --reruns 2 $(ARGS)
 
 check: install                               ## format, lint, types, protos
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -56,27 +57,26 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 ALL_PORTS = (
-    at.PUBLIC,
-    at.GATEWAY,
-    at.REGISTRY,
-    at.INFERENCE,
-    at.INFERENCE_HTTP,
-    at.TRITON_HTTP,
-    at.TRITON_GRPC,
+    *(at.PUBLIC, at.GATEWAY, at.REGISTRY, at.INFERENCE, at.INFERENCE_HTTP),
+    *(at.TRITON_HTTP, at.TRITON_GRPC, at.TRITON_METRICS, at.METRICS, at.METRICS_HTTP),
+    *(at.ETCD, at.ETCD_PEER, at.ENVOY_ADMIN),
 )
-ALL_PORTS += (at.METRICS, at.METRICS_HTTP, at.TRITON_METRICS, at.ETCD, at.ETCD_PEER, at.ENVOY_ADMIN)
-# Workers have ports of their own, below those that the system gives to clients.
+# A worker's offsets end in digits of its own, with which no port of one is a port of another; all are below
+# those that the system gives to clients.
+LAST_DIGITS = (0, 5, 31, 57)
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_next_offset = 2000 + WORKER * 9000 + os.getpid() % 10 * 50
+HUNDREDS = range(20, 225)
+_begin = os.getpid() % len(HUNDREDS)
+_hundreds = itertools.cycle((*HUNDREDS[_begin:], *HUNDREDS[:_begin]))
 
 
 def free_offset() -> int:
     """An offset at which every port of a suite is free, another one each time."""
-    global _next_offset
-    while True:
-        _next_offset += 10
-        if all(_free(base + _next_offset) for base in ALL_PORTS):
-            return _next_offset
+    for hundreds in itertools.islice(_hundreds, len(HUNDREDS)):
+        offset = 100 * hundreds + LAST_DIGITS[WORKER % len(LAST_DIGITS)]
+        if all(_free(base + offset) for base in ALL_PORTS):
+            return offset
+    raise AssertionError("no ports are free for a suite")
 
 
 def _free(port: int) -> bool:

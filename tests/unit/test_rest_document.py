@@ -29,4 +29,8 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 def test_answers_are_what_the_document_says(case: Case) -> None:
     if isinstance(case.body, dict) and "model" in case.body:  # or nearly all would only be told 404
         case.body["model"] = "vectors" if "input" in case.body else "text"
-    case.call_and_validate(checks=CHECKS)
+    answer = case.call()
+    # An event is not of the stream's type, which is text: only OpenAPI 3.2 has a word for events. What they
+    # are is seen in test_rest_answers.py.
+    streamed = answer.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(answer, checks=CHECKS, excluded_checks=[response_schema_conformance] * streamed)
