@@ -10,7 +10,7 @@ from cryptography import x509
 from deploy.local.layout import HOST, Layout
 from services.core.authority import TRUST_DOMAIN, Authority
 
-PARTS = ("etcd", "registry", "gateway", "inference", "triton", "cli")
+PARTS = ("etcd", "registry", "gateway", "inference", "metrics", "triton", "cli")
 HOSTS = (HOST, "localhost")
 # What expires sooner is issued anew at a start.
 LEFT = datetime.timedelta(days=90)
