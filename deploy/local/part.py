@@ -37,6 +37,8 @@ class Part:
     ports: Mapping[int, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
+    """Parts that it talks to once they are there: it starts without them, and ends before them."""
     ready_timeout_s: float = 60.0
     stop_timeout_s: float = 8.0
     prepare: Callable[[], None] | None = None

@@ -137,7 +137,7 @@ def metrics(layout: Layout, options: Options) -> Part:
         {at.METRICS_HTTP: "metrics HTTP"},
     )
     # Whoever measures sends in the clear, and to loopback, whatever the parts have between them.
-    return replace(made, ready=grpc_ready(layout.address(at.METRICS)))
+    return replace(made, ready=grpc_ready(layout.address(at.METRICS)), asks=("registry",))
 
 
 def _numbers(options: Options) -> range:
@@ -258,6 +258,7 @@ def _service(
         ready=grpc_ready(layout.address(port), identity=layout.identity("cli")),
         ports=_ports(layout, {port: name, **more_ports}),
         needs=needs,
+        asks=("metrics",) if "registry" in needs else (),
     )
 
 

@@ -202,11 +202,12 @@ class Supervisor:
 
 
 def waves(parts: Sequence[Part]) -> list[list[Part]]:
-    """Parts that may end together, in the order in which they end: each a wave before the last of what it
-    needs, so that who needs nothing is the last to go."""
+    """Parts that may end together, in the order in which they end: each before all that it needs or asks, and
+    as late as that."""
     depths: dict[str, int] = {}
     for part in parts:  # each comes behind what it needs
-        depths[part.name] = 1 + max((depths[need] for need in part.needs), default=-1)
+        used = (depths[name] for name in (*part.needs, *part.asks) if name in depths)
+        depths[part.name] = 1 + max(used, default=-1)
     deepest = max(depths.values(), default=-1)
     return [[p for p in parts if depths[p.name] == depth] for depth in range(deepest, -1, -1)]
 
