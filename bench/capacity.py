@@ -17,18 +17,21 @@ from typing import Any
 
 import grpc
 import numpy as np
-from google.protobuf.duration_pb2 import Duration
 
 import lingqu
 from bench.report import Target
 from bench.suite import Suite
 from deploy.local import layout as at
-from lingqu.metrics.v1 import capacity_pb2 as pb
+from lingqu.metrics.v1 import metrics_pb2
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
 from pipeline.bundled import TEXT_MODEL
+from services.metrics.capacity.advice import Advice, Asked, Measured, advise
+from services.metrics.capacity.figures import measured
+from services.metrics.points import labels
+from services.metrics.queries import Query, Series
 
 ROUNDS = 3
-LEARNT, LEARN_S = 6.5, 18.0  # requests a second, and for how long: a prediction needs 100
+LEARNT = (6.5, 18.0)  # requests a second, and for how long: a prediction needs 100
 # Below: of more at once than were seen only a bound is known. The rarer requests are, the longer; the rarest
 # come last, since of the last seconds before something is learnt some are learnt, too.
 PREDICTED = ((4.5, 12.0), (3.0, 12.0), (1.5, 16.0))
@@ -68,70 +71,114 @@ async def load(client: lingqu.Client, asked: Arrivals, seed: int) -> list[float]
 
 async def measure(suite: Suite) -> list[Target]:
     """Prints what was predicted and measured, and returns what had to be reached."""
-    async with (
-        lingqu.Client(suite.public, suite.key) as client,
-        grpc.aio.insecure_channel(suite.layout.address(at.METRICS)) as channel,
-    ):
-        stub: Any = MetricsServiceStub(channel)
-        loads = {rate: Figures(rate) for rate, _ in ((LEARNT, LEARN_S), *PREDICTED)}
-        await asyncio.sleep(SETTLES_S)
-        await load(client, arrivals(LEARNT, 3.0, 0), 0)  # warms up
-        for number in range(1, ROUNDS + 1):
-            begun = time.perf_counter()
-            loads[LEARNT].took += await load(client, arrivals(LEARNT, LEARN_S, number), number)
-            await asyncio.sleep(TOLD_S)
-            window = Duration(seconds=round(time.perf_counter() - begun))
-            for figures in loads.values():
-                request = pb.GetCapacityRequest(model=TEXT_MODEL, rps=figures.rate, window=window)
-                figures.answers.append(await stub.GetCapacity(request, timeout=30))
-            for other, (rate, seconds) in enumerate(PREDICTED, 1):
-                seed = 10 * number + other
-                loads[rate].took += await load(client, arrivals(rate, seconds, seed), seed)
-    print(f"\ncapacity: {TEXT_MODEL}, {ROUNDS} rounds, each learnt from {LEARNT}/s over {LEARN_S:.0f} s")
-    for number, answer in enumerate(loads[LEARNT].answers, 1):
-        curve = ", ".join(f"{point.rate:.0f} at {point.concurrency:.1f}" for point in answer.curve)
-        print(
-            f"  round {number}, {answer.requests} requests of {answer.tokens:.0f} tokens; tokens/s: {curve}"
-        )
-    for figures in loads.values():
-        for name, percentile in (("p50", 50), ("p95", 95)):
-            print(figures.row(name, percentile))
+    loads = [Figures(rate, seconds, place) for place, (rate, seconds) in enumerate((LEARNT, *PREDICTED))]
+    rounds: list[Measured] = []
+    async with lingqu.Client(suite.public, suite.key) as client:
+        with grpc.insecure_channel(suite.layout.address(at.METRICS)) as channel:
+            store: Any = Remote(MetricsServiceStub(channel))
+            await asyncio.sleep(SETTLES_S)
+            await load(client, arrivals(LEARNT[0], 3.0, 0), 0)  # warms up
+            for number in range(1, ROUNDS + 1):
+                begun = time.perf_counter()
+                await loads[0].come(client, number)
+                await asyncio.sleep(TOLD_S)
+                window_s = time.perf_counter() - begun
+                known = await asyncio.to_thread(measured, store, TEXT_MODEL, 0, window_s, time.time_ns())
+                rounds.append(known)
+                for figures in loads:
+                    figures.advised.append(advise(known, Asked(figures.rate)))
+                for figures in loads[1:]:
+                    await figures.come(client, number)
+    print(f"\ncapacity: {TEXT_MODEL}, {ROUNDS} rounds, each learnt anew from its first {LEARNT[1]:.0f} s")
+    for number, known in enumerate(rounds, 1):
+        points = sorted(known.points, key=lambda point: point.slots)
+        curve = ", ".join(f"{point.rate:.0f} at {point.slots:.1f}" for point in points)
+        learnt = f"{known.requests:.0f} requests of {known.tokens:.0f} tokens"
+        print(f"  round {number}, {learnt}; tokens/s: {curve}")
+    for figures in loads:
+        for percentile in (50.0, 95.0):
+            print(figures.row(percentile))
     return [
         Target(
-            f"p95 predicted of {figures.rate}/s, off by",
-            abs(figures.error("p95", 95)),
+            f"p95 predicted of {figures.rate:.1f}/s, off by",
+            abs(figures.error(95.0)),
             MAX_ERROR,
             at_least=False,
         )
-        for figures in loads.values()
-        if figures.rate != LEARNT
+        for figures in loads[1:]
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """The store behind the metrics service: what is learnt of half a minute, GetCapacity does not tell."""
+
+    stub: Any
+
+    def query(self, query: Query) -> list[Series]:
+        request = metrics_pb2.QueryRequest(
+            measurement=query.measurement,
+            field=query.field,
+            filters=[
+                metrics_pb2.Filter(label=label, values=values) for label, values in query.filters.items()
+            ],
+            aggregate=metrics_pb2.Aggregate.Value(f"AGGREGATE_{query.aggregate.name}"),
+            percentile=query.percentile,
+            group_by=query.group_by,
+        )
+        request.start_time.FromNanoseconds(query.start_ns)
+        request.end_time.FromNanoseconds(query.end_ns)
+        if query.window_ns:
+            request.window.FromNanoseconds(query.window_ns)
+        answer = self.stub.Query(request, timeout=30)
+        return [
+            Series(
+                labels(dict(series.labels)),
+                tuple((sample.time.ToNanoseconds(), sample.value) for sample in series.samples),
+            )
+            for series in answer.series
+        ]
 
 
 @dataclass(slots=True)
 class Figures:
-    """Of one load: what it was predicted to be, round by round, and the seconds that its requests took."""
+    """Of one load, in its `place` of a round: what it was predicted to be, round by round, and the seconds
+    that its requests took. It is the same in each run."""
 
-    rate: float
-    answers: list[Any] = field(default_factory=list)
+    nominal: float
+    seconds: float
+    place: int
+    advised: list[Advice] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
 
-    def predicted_s(self, name: str) -> list[float]:
+    def asked(self, number: int) -> Arrivals:
+        """In a round."""
+        return arrivals(self.nominal, self.seconds, 10 * number + self.place)
+
+    @property
+    def rate(self) -> float:
+        """What chance made of the nominal one."""
+        came = sum(len(self.asked(number)) for number in range(1, ROUNDS + 1))
+        return came / (ROUNDS * self.seconds)
+
+    async def come(self, client: lingqu.Client, number: int) -> None:
+        self.took += await load(client, self.asked(number), 10 * number + self.place)
+
+    def predicted_s(self, percentile: float) -> list[float]:
         """Endless where it was said to be overload."""
-        found = (getattr(answer.latency, name) for answer in self.answers if answer.HasField("latency"))
-        known = [value.seconds + value.nanos / 1e9 for value in found]
-        return known + [math.inf] * (len(self.answers) - len(known))
+        return [one.stay.of(percentile) if one.stay else math.inf for one in self.advised]
 
-    def error(self, name: str, percentile: float) -> float:
+    def error(self, percentile: float) -> float:
         """Relative to what was measured."""
-        return statistics.median(self.predicted_s(name)) / float(np.percentile(self.took, percentile)) - 1
+        truth = float(np.percentile(self.took, percentile))
+        return statistics.median(self.predicted_s(percentile)) / truth - 1
 
-    def row(self, name: str, percentile: float) -> str:
-        what = "learnt" if self.rate == LEARNT else "predicted"
-        rounds = ", ".join(f"{value * 1000:.0f}" for value in self.predicted_s(name))
-        share = self.answers[-1].utilization
-        measured = float(np.percentile(self.took, percentile)) * 1000
+    def row(self, percentile: float) -> str:
+        what = "predicted" if self.place else "learnt"
+        rounds = ", ".join(f"{value * 1000:.0f}" for value in self.predicted_s(percentile))
+        share = statistics.median(one.utilization for one in self.advised)
+        truth = float(np.percentile(self.took, percentile)) * 1000
         return (
-            f"  {what:<9} {self.rate}/s, utilisation {share:4.0%}: {name} {rounds} ms, "
-            f"measured {measured:.0f} ms (n={len(self.took)}), {self.error(name, percentile):+.0%}"
+            f"  {what:<9} {self.rate:.1f}/s, utilisation {share:4.0%}: p{percentile:.0f} {rounds} ms, "
+            f"measured {truth:.0f} ms (n={len(self.took)}), {self.error(percentile):+.0%}"
         )
