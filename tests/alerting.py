@@ -170,7 +170,8 @@ async def suite(
     )
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with (
-        service_running(cfg, store),
+        service_running(cfg, store) as intake,
         grpc.aio.insecure_channel(cfg.metrics_listen, options=options) as channel,
     ):
+        intake.writer._window_s = 0.02  # tests are in a hurry
         yield Suite(folder, offset, channel)
