@@ -45,10 +45,10 @@ def list_(context: typer.Context, output: Output = Format.table) -> None:
         as_json(clients)
         return
     rows = [
-        (c.name, ", ".join(c.models) or "none", described(c.limits), "disabled" if c.disabled else "")
+        (c.name, ", ".join(c.models) or "none", c.tier, described(c.limits), "disabled" if c.disabled else "")
         for c in clients
     ]
-    table(("CLIENT", "MODELS", "LIMITS", ""), rows, "no clients; `lingqu clients set` adds one")
+    table(("CLIENT", "MODELS", "TIER", "LIMITS", ""), rows, "no clients; `lingqu clients set` adds one")
 
 
 @app.command()
@@ -61,6 +61,8 @@ def show(context: typer.Context, name: Client, output: Output = Format.table) ->
     state = "  [red]disabled: none of its keys works[/red]" if client.disabled else ""
     out.print(f"[bold]{escape(client.name)}[/bold]{state}")
     rows = [("models", ", ".join(client.models) or "none"), ("limits", described(client.limits) or "none")]
+    if client.tier:
+        rows.append(("tier", client.tier))
     if client.max_priority:
         rows.append(("most urgent", list(Urgency)[client.max_priority].value))
     rows += [(f"limits of {m.models}", described(m.limits) or "none") for m in client.model_limits]
@@ -76,6 +78,9 @@ def set_(
     model: Annotated[
         list[str] | None,
         typer.Option(help="Model it may call, '*' for any text; repeatable; '' for none."),
+    ] = None,
+    tier: Annotated[
+        str | None, typer.Option(help="Tier whose limits it has where it has none of its own; '' for none.")
     ] = None,
     requests_per_second: Limit = None,
     requests_per_minute: Limit = None,
@@ -103,6 +108,8 @@ def set_(
     for field, value in given.items():
         if value is not None:
             setattr(client.limits, field, value)
+    if tier is not None:
+        client.tier = tier
     if max_priority is not None:
         client.max_priority = list(Urgency).index(max_priority)
     if disabled is not None:
@@ -113,6 +120,8 @@ def set_(
         as_json(client)
         return
     models, limits = ", ".join(client.models) or "no models", described(client.limits) or "no limits"
+    if client.tier:
+        limits = f"tier {client.tier}" + (f", but {limits}" if described(client.limits) else "")
     out.print(f"{escape(name)}: {escape(models)}; {limits}{'; disabled' if client.disabled else ''}")
 
 

@@ -57,6 +57,9 @@ def create(
             help="Model the key is for, '*' for any text; repeatable. None: all that the client may."
         ),
     ] = None,
+    tier: Annotated[
+        str, typer.Option(help="Tier that the client is put into; its limits are those of all its keys.")
+    ] = "",
     admin: Annotated[
         bool, typer.Option(help="The key may also administer the gateway and the registry.")
     ] = False,
@@ -66,7 +69,7 @@ def create(
     ttl = duration(lifetime) if lifetime else Duration(seconds=days * 86_400)
     if ttl is None:
         fail(f'--for: "{lifetime}" is not like 90s, 15m, 2h or 7d')
-    request = pb.CreateKeyRequest(client=client, ttl=ttl, admin=admin, models=model or ())
+    request = pb.CreateKeyRequest(client=client, ttl=ttl, admin=admin, models=model or (), tier=tier)
     answer = _call(context.obj, lambda stub: stub.CreateKey, request)
     if output == Format.json:
         as_json(answer)

@@ -1,11 +1,11 @@
-"""Who may call what, as the registry has it: clients with their models and limits, limits of models, and keys
-that are void."""
+"""Who may call what, as the registry has it: clients with their models and limits, limits of models and of
+tiers, and keys that are void."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from lingqu.registry.v1 import access_pb2
@@ -30,7 +30,7 @@ class Limits:
 class Client:
     """Somebody with keys. `models` are names in which '*' stands for any text; `model_limits` are (models,
     limits of each of them by itself), of which the first that fits counts. `max_priority` is the most urgent
-    class of its requests, as inference numbers them; 0: any."""
+    class of its requests, as inference numbers them; 0: any. `tier`: whose limits it has beside its own."""
 
     name: str
     models: tuple[str, ...] = ()
@@ -38,6 +38,16 @@ class Client:
     model_limits: tuple[tuple[str, Limits], ...] = ()
     disabled: bool = False
     max_priority: int = 0
+    tier: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """Limits by a name, that each of any number of clients has."""
+
+    name: str
+    limits: Limits = Limits()
+    model_limits: tuple[tuple[str, Limits], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +68,34 @@ class RevokedKey:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """All clients by name, all revoked keys by id, and limits of models by model, each in order."""
+    """All clients by name, with the limits of their tiers, all revoked keys by id, and limits of models by
+    model, each in order."""
 
     clients: tuple[Client, ...] = ()
     revoked: tuple[RevokedKey, ...] = ()
     shared: tuple[SharedLimits, ...] = ()
 
 
-Record: TypeAlias = Client | RevokedKey | SharedLimits
+Record: TypeAlias = Client | RevokedKey | SharedLimits | Tier
 
 
 def access(records: Iterable[Record]) -> Access:
     """Sorts what a watch has brought."""
     found = list(records)
+    tiers = {r.name: r for r in found if isinstance(r, Tier)}
+    clients = (_with_tier(r, tiers.get(r.tier)) for r in found if isinstance(r, Client))
     return Access(
-        tuple(sorted((r for r in found if isinstance(r, Client)), key=lambda c: c.name)),
+        tuple(sorted(clients, key=lambda c: c.name)),
         tuple(sorted((r for r in found if isinstance(r, RevokedKey)), key=lambda k: k.key_id)),
         tuple(sorted((r for r in found if isinstance(r, SharedLimits)), key=lambda s: s.model)),
     )
+
+
+def _with_tier(client: Client, tier: Tier | None) -> Client:
+    if tier is None:
+        return client
+    limits = tier.limits if replace(client.limits, local=False) == Limits() else client.limits
+    return replace(client, limits=limits, model_limits=(*client.model_limits, *tier.model_limits))
 
 
 def watched_access(registry: Registry, changed: asyncio.Event) -> Watched[Record]:
@@ -100,6 +120,7 @@ class _Update:
         self.removed = [f"client {name}" for name in update.removed_clients]
         self.removed += [f"key {key_id}" for key_id in update.forgotten_keys]
         self.removed += [f"limits {model}" for model in update.removed_shared_limits]
+        self.removed += [f"tier {name}" for name in update.removed_tiers]
         self._update = update
 
     @property
@@ -110,6 +131,8 @@ class _Update:
             yield f"key {key.key_id}", RevokedKey(key.key_id, key.client)
         for shared in self._update.shared_limits:
             yield f"limits {shared.model}", SharedLimits(shared.model, _limits(shared.limits))
+        for tier in self._update.tiers:
+            yield f"tier {tier.name}", Tier(tier.name, _limits(tier.limits), _of_models(tier.model_limits))
 
 
 def to_client(record: access_pb2.Client) -> Client:
@@ -117,10 +140,15 @@ def to_client(record: access_pb2.Client) -> Client:
         record.name,
         tuple(record.models),
         _limits(record.limits),
-        tuple((entry.models, _limits(entry.limits)) for entry in record.model_limits),
+        _of_models(record.model_limits),
         record.disabled,
         record.max_priority,
+        record.tier,
     )
+
+
+def _of_models(entries: Iterable[access_pb2.ModelLimits]) -> tuple[tuple[str, Limits], ...]:
+    return tuple((entry.models, _limits(entry.limits)) for entry in entries)
 
 
 def _limits(record: access_pb2.Limits) -> Limits:

@@ -1,4 +1,5 @@
-"""What the registry keeps of API keys: an account of those that were signed, and of those taken back.
+"""What the registry keeps of API keys: an account of those that were signed, and of those taken back, and the
+tiers of their clients.
 
 Calls are made with the key of whoever asks, so that the registry decides who may."""
 
@@ -38,6 +39,15 @@ class Accounts:
             signing_key_id=minted.signing_key_id,
         )
         await self._call(lambda s: s.RecordKey, access_pb2.RecordKeyRequest(key=key), authorization)
+
+    async def put_into(self, tier: str, client: str, authorization: str) -> None:
+        """The client has the limits of the tier from now on."""
+        asked = access_pb2.GetClientRequest(name=client)
+        known = (await self._call(lambda s: s.GetClient, asked, authorization)).client
+        if known.tier != tier:
+            known.tier = tier
+            changed = access_pb2.SetClientRequest(client=known, expected_revision=known.revision)
+            await self._call(lambda s: s.SetClient, changed, authorization)
 
     async def issued(self, client: str, authorization: str) -> tuple[Sequence[access_pb2.IssuedKey], bool]:
         """All keys, or those of a client; and whether the list is stale."""

@@ -48,6 +48,8 @@ class Gateway(GatewayServiceServicer):
         ttl = request.ttl.seconds if request.HasField("ttl") else TTL_DEFAULT_S
         minted = self._keys.mint(request.client, ttl, admin=request.admin, models=request.models)
         note(key_id=minted.key_id)
+        if request.tier:
+            await self._accounts.put_into(request.tier, minted.client, authorization)
         await self._accounts.record(minted, caller.client, authorization)
         return pb.CreateKeyResponse(
             key=minted.key, key_id=minted.key_id, expire_time=Timestamp(seconds=minted.expires)

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 
 from lingqu.registry.v1 import access_pb2 as pb
 from lingqu.registry.v1.access_pb2_grpc import AccessServiceServicer
-from services.core.errors import Conflict, InvalidInput, NotFound, TooManyKeys
+from services.core.errors import Conflict, InvalidInput, NotFound, NotReady, TooManyKeys
 from services.core.interceptors import Context
 from services.registry import validation
 from services.registry.callers import AdmittedCallers
 from services.registry.commits import Commits
-from services.registry.etcd import Put, Unchanged
-from services.registry.keyspace import ACCESS, CLIENTS, KEYS, REVOKED, SHARED_LIMITS
+from services.registry.etcd import Put, Record, Unchanged
+from services.registry.keyspace import ACCESS, CLIENTS, KEYS, REVOKED, SHARED_LIMITS, TIERS
 from services.registry.mirror import Mirror, Update
 from services.registry.watching import Feed
 
@@ -27,8 +27,9 @@ MAX_KEYS = 50_000
 
 
 class Access(AccessServiceServicer):
-    """Records: CLIENTS + name, a Client; SHARED_LIMITS + model, a SharedLimits; REVOKED + key id, a
-    RevokedKey by a lease of REVOKED_FOR_S; KEYS + key id, an IssuedKey by a lease as long as its life."""
+    """Records: CLIENTS + name, a Client; SHARED_LIMITS + model, a SharedLimits; TIERS + name, a Tier;
+    REVOKED + key id, a RevokedKey by a lease of REVOKED_FOR_S; KEYS + key id, an IssuedKey by a lease as long
+    as its life."""
 
     def __init__(self, mirror: Mirror, commits: Commits, callers: AdmittedCallers) -> None:
         self._mirror = mirror
@@ -44,7 +45,7 @@ class Access(AccessServiceServicer):
         client.CopyFrom(validation.client(request.client))
         client.revision = 0
         put = Put(CLIENTS + client.name, client.SerializeToString())
-        client.revision = await self._set(put, request.expected_revision)
+        client.revision = await self._set(put, request.expected_revision, client.tier)
         return pb.SetClientResponse(client=client)
 
     async def GetClient(self, request: pb.GetClientRequest, context: Context) -> pb.GetClientResponse:
@@ -100,6 +101,41 @@ class Access(AccessServiceServicer):
         await self._replace(key, [], [key])
         return pb.DeleteSharedLimitsResponse()
 
+    async def SetTier(self, request: pb.SetTierRequest, context: Context) -> pb.SetTierResponse:
+        self._callers.check_admin(context.invocation_metadata(), "change tiers")
+        if not request.HasField("tier"):
+            raise InvalidInput("tier", "is required")
+        tier = pb.Tier()
+        tier.CopyFrom(validation.tier(request.tier))
+        tier.revision = 0
+        put = Put(TIERS + tier.name, tier.SerializeToString())
+        tier.revision = await self._set(put, request.expected_revision)
+        return pb.SetTierResponse(tier=tier)
+
+    async def ListTiers(self, request: pb.ListTiersRequest, context: Context) -> pb.ListTiersResponse:
+        return pb.ListTiersResponse(
+            tiers=[_tier(r.value, r.mod_revision) for r in self._mirror.under(TIERS)],
+            stale=self._mirror.stale,
+        )
+
+    async def DeleteTier(self, request: pb.DeleteTierRequest, context: Context) -> pb.DeleteTierResponse:
+        self._callers.check_admin(context.invocation_metadata(), "delete tiers")
+        key = TIERS + validation.client_name("name", request.name)
+        for _ in range(REPLACE_TRIES):
+            await self._commits.caught_up()
+            if not self._commits.present(key):
+                return pb.DeleteTierResponse()
+            only_if, clients = self._commits.unchanged(key), self._mirror.under(CLIENTS)
+            names = [
+                c.name for c in (pb.Client.FromString(r.value) for r in clients) if c.tier == request.name
+            ]
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise NotReady(f"{', '.join(names[:3])}{more} are in the tier; give them another first")
+            with contextlib.suppress(Conflict):
+                await self._commits.commit([], only_if, [key])
+        raise Conflict("it is being changed by others all the time; try again")
+
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Context) -> pb.RevokeKeyResponse:
         self._callers.check_admin(context.invocation_metadata(), "revoke keys")
         key = REVOKED + validation.key_id(request.key_id)
@@ -147,11 +183,31 @@ class Access(AccessServiceServicer):
         wanted = [key for key in keys if request.client in ("", key.client)]
         return pb.ListKeysResponse(keys=wanted, stale=self._mirror.stale)
 
-    async def _set(self, put: Put, expected: int) -> int:
-        """The revision. Raises Conflict if `expected` is not 0 and another by now."""
-        if expected:
-            return await self._commits.commit([put], [Unchanged(put.key, expected)])
-        return await self._replace(put.key, [put])
+    async def _set(self, put: Put, expected: int, tier: str = "") -> int:
+        """The revision. Raises Conflict if `expected` is not 0 and another by now, NotFound if there is no
+        such `tier`."""
+        for _ in range(REPLACE_TRIES):
+            own = [Unchanged(put.key, expected)] if expected else self._commits.unchanged(put.key)
+            of_tier = await self._taken(tier) if tier else []
+            puts = [put, *(Put(record.key, record.value) for record in of_tier)]
+            only_if = [*own, *(Unchanged(record.key, record.mod_revision) for record in of_tier)]
+            try:
+                return await self._commits.commit(puts, only_if)
+            except Conflict:
+                await self._commits.caught_up()
+                if expected and self._commits.unchanged(put.key) != own:
+                    raise
+        raise Conflict("it is being changed by others all the time; try again")
+
+    async def _taken(self, tier: str) -> list[Record]:
+        """The record of a tier that a client is put into. It is written again then, so that whoever deletes
+        it at this moment finds that it is in use. Raises NotFound."""
+        if not self._commits.present(TIERS + tier):
+            await self._commits.caught_up()
+        record = self._mirror.get(TIERS + tier)
+        if record is None:
+            raise NotFound(f'there is no tier "{tier}"')
+        return [record]
 
     async def _replace(self, key: str, puts: list[Put], deletes: list[str] | None = None) -> int:
         """Write whatever is there now; the revision. On a condition all the same: a write whose answer was
@@ -200,6 +256,11 @@ def _respond(update: Update, view: str) -> pb.WatchAccessResponse:
                 response.removed_shared_limits.append(key.removeprefix(SHARED_LIMITS))
             else:
                 response.shared_limits.append(_shared(record.value, record.mod_revision))
+        elif key.startswith(TIERS):
+            if record is None:
+                response.removed_tiers.append(key.removeprefix(TIERS))
+            else:
+                response.tiers.append(_tier(record.value, record.mod_revision))
         elif key.startswith(REVOKED):
             if record is None:
                 response.forgotten_keys.append(key.removeprefix(REVOKED))
@@ -218,3 +279,9 @@ def _shared(value: bytes, revision: int) -> pb.SharedLimits:
     shared = pb.SharedLimits.FromString(value)
     shared.revision = revision
     return shared
+
+
+def _tier(value: bytes, revision: int) -> pb.Tier:
+    tier = pb.Tier.FromString(value)
+    tier.revision = revision
+    return tier

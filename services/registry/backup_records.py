@@ -17,7 +17,7 @@ _OF_MODEL = re.compile(
     r"models/(?P<name>[^/]+)/"
     r"(?:(?P<numbered>versions|stages|releases)/(?P<number>[0-9]{8})|(?P<single>traffic|policy|placement|rollout))"
 )
-_OF_ACCESS = re.compile(r"access/(?P<kind>clients|limits|revoked)/(?P<name>[^/]+)")
+_OF_ACCESS = re.compile(r"access/(?P<kind>clients|limits|tiers|revoked)/(?P<name>[^/]+)")
 
 
 def check(records: Sequence[pb.BackupRecord]) -> None:
@@ -61,6 +61,10 @@ def _problem(key: str, value: bytes) -> str:
             _named(validation.model_name, "model", found["name"])
             shared = validation.shared_limits(access_pb2.SharedLimits.FromString(value))
             return _agrees("model", shared.model, found["name"])
+        if found["kind"] == "tiers":
+            _named(validation.client_name, "name", found["name"])
+            tier = validation.tier(access_pb2.Tier.FromString(value))
+            return _agrees("name", tier.name, found["name"])
         _named(validation.key_id, found["name"])
         revoked = access_pb2.RevokedKey.FromString(value)
         for time in ("expire_time", "revoke_time"):

@@ -19,6 +19,7 @@ MODELS = f"{PREFIX}models/"
 CLIENTS = f"{PREFIX}access/clients/"
 REVOKED = f"{PREFIX}access/revoked/"
 SHARED_LIMITS = f"{PREFIX}access/limits/"
+TIERS = f"{PREFIX}access/tiers/"
 ACCESS = f"{PREFIX}access/"
 # Keys that were signed, by leases as long as their lives. No part of backups: they say nothing about who may.
 KEYS = f"{PREFIX}keys/"

@@ -261,14 +261,26 @@ def _bounds(field: str, value: models_pb2.Threshold | rollouts_pb2.Guard) -> Non
 def client(value: access_pb2.Client) -> access_pb2.Client:
     client_name("client.name", value.name)
     patterns("client.models", value.models)
-    if len(value.model_limits) > MAX_PATTERNS:
-        raise InvalidInput("client.model_limits", f"at most {MAX_PATTERNS}")
-    for index, limit in enumerate(value.model_limits):
-        _pattern(f"client.model_limits[{index}].models", limit.models)
-        _scope(f"client.model_limits[{index}].limits", limit.limits)
-    _scope("client.limits", value.limits)
+    _limits("client", value)
     _labels("client.labels", value.labels)
+    if value.tier:
+        client_name("client.tier", value.tier)
     return value
+
+
+def tier(value: access_pb2.Tier) -> access_pb2.Tier:
+    client_name("tier.name", value.name)
+    _limits("tier", value)
+    return value
+
+
+def _limits(field: str, value: access_pb2.Client | access_pb2.Tier) -> None:
+    if len(value.model_limits) > MAX_PATTERNS:
+        raise InvalidInput(f"{field}.model_limits", f"at most {MAX_PATTERNS}")
+    for index, limit in enumerate(value.model_limits):
+        _pattern(f"{field}.model_limits[{index}].models", limit.models)
+        _scope(f"{field}.model_limits[{index}].limits", limit.limits)
+    _scope(f"{field}.limits", value.limits)
 
 
 def shared_limits(value: access_pb2.SharedLimits) -> access_pb2.SharedLimits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -227,6 +228,59 @@ async def test_where_callers_are_known_only_an_admin_changes_access(keyed: Keyed
 def _empty_backup() -> list[backups_pb2.RestoreRequest]:
     header = backups_pb2.BackupHeader(format=1, sha256=digest([]))
     return [backups_pb2.RestoreRequest(header=header)]
+
+
+async def test_a_tier_is_set_watched_and_kept_while_clients_are_in_it(api: Api) -> None:
+    async def set_(tier: pb.Tier, expected: int = 0) -> pb.Tier:
+        request = pb.SetTierRequest(tier=tier, expected_revision=expected)
+        return (await api.access.SetTier(request, timeout=5)).tier  # type: ignore[no-any-return]
+
+    async def delete(name: str) -> None:
+        await api.access.DeleteTier(pb.DeleteTierRequest(name=name), timeout=5)
+
+    watch: Any = api.access.WatchAccess(pb.WatchAccessRequest())
+    assert not (await watch.read()).tiers
+    first = await set_(pb.Tier(name="gold", limits=pb.Limits(requests_per_second=50)))
+    assert list((await watch.read()).tiers) == [first]
+    error = await refused(set_client(api, pb.Client(name="alice", tier="silver")))
+    assert (error.code, "silver" in str(error)) == (grpc.StatusCode.NOT_FOUND, True)
+    await set_client(api, pb.Client(name="alice", tier="gold"))
+    error = await refused(set_(pb.Tier(name="gold"), first.revision))
+    assert error.code == grpc.StatusCode.ABORTED, "a client came into it since"
+    listed = (await api.access.ListTiers(pb.ListTiersRequest(), timeout=5)).tiers
+    assert [tier.name for tier in listed] == ["gold"]
+    error = await refused(delete("gold"))
+    assert (error.code, "alice" in str(error)) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+    await set_client(api, pb.Client(name="alice"))
+    for _ in range(2):
+        await delete("gold")
+
+    async def gone() -> bool:
+        return "gold" in (await watch.read()).removed_tiers
+
+    await until(gone, "the watch tells that it is gone")
+    for tier, field in (
+        (pb.Tier(), "tier.name"),
+        (pb.Tier(name="a/b"), "tier.name"),
+        (pb.Tier(name="a", model_limits=[pb.ModelLimits(models="")]), "tier.model_limits[0].models"),
+        (pb.Tier(name="a", limits=pb.Limits(scope=7)), "tier.limits.scope"),  # type: ignore[arg-type]
+    ):
+        error = await refused(set_(tier))
+        assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+
+
+async def test_a_tier_that_goes_while_clients_come_leaves_none_behind(api: Api) -> None:
+    """Two writers at once: whoever is second is told."""
+    for _ in range(10):
+        tier = pb.SetTierRequest(tier=pb.Tier(name="brief"))
+        await api.access.SetTier(tier, timeout=5)
+        coming = set_client(api, pb.Client(name="carl", tier="brief"))
+        going = api.access.DeleteTier(pb.DeleteTierRequest(name="brief"), timeout=5)
+        await asyncio.gather(coming, going, return_exceptions=True)
+        tiers = (await api.access.ListTiers(pb.ListTiersRequest(), timeout=5)).tiers
+        clients = (await api.access.ListClients(pb.ListClientsRequest(), timeout=5)).clients
+        assert {c.tier for c in clients} - {""} <= {t.name for t in tiers}
+        await set_client(api, pb.Client(name="carl"))
 
 
 async def test_access_is_watched_with_a_snapshot_first(api: Api) -> None:

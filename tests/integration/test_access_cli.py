@@ -135,6 +135,42 @@ async def test_limits_of_clients_and_models(cli: Cli) -> None:
     assert [row["limits"]["tokens_per_day"] for row in await cli.json("limits", "list")] == ["7"]
 
 
+async def test_tiers_of_limits(cli: Cli) -> None:
+    async def done(*args: str) -> Any:
+        code, said = await cli.here(*args, "-o", "json")
+        assert code == 0, said
+        return json.loads(said)
+
+    code, said = await cli.here("clients", "set", "alice", "--model", "*", "--tier", "gold")
+    assert code == 1
+    assert 'there is no tier "gold"' in said
+    await done("limits", "set", "--tier", "gold", "--requests-per-second", "50")
+    await done("limits", "set", "--tier", "gold", "--model", "smol*", "--tokens-per-day", "7")
+    code, said = await cli.here("clients", "set", "alice", "--model", "*", "--tier", "gold")
+    assert (code, "tier gold" in said) == (0, True), said
+    await done("keys", "create", "alice", "--tier", "gold", "--for", "90s")
+    listed = await done("limits", "list")
+    assert [(row["client"], row["tier"], row["model"]) for row in listed] == [
+        ("", "gold", ""),
+        ("", "gold", "smol*"),
+    ]
+    for words in (("limits", "show", "--tier", "gold"), ("limits", "list")):
+        code, said = await cli.here(*words)
+        assert code == 0, said
+        for text in ("tier gold", "50 req/s", "7 tok/day"):
+            assert text in said
+    for words in (("clients", "show", "alice"), ("clients", "list")):
+        assert "gold" in (await cli.here(*words))[1]
+    code, said = await cli.here("limits", "delete", "--tier", "gold")
+    assert (code, "alice" in said) == (1, True), said
+    code, said = await cli.here("limits", "set", "--tier", "gold", "--client", "alice")
+    assert code == 2, "one or the other"
+    await done("limits", "delete", "--tier", "gold", "--model", "smol*")
+    await done("clients", "set", "alice", "--tier", "")
+    await done("limits", "delete", "--tier", "gold")
+    assert await done("limits", "list") == []
+
+
 async def test_a_key_is_taken_back(cli: Cli) -> None:
     lost = cli.ring.mint("other", 600, admin=True)
     code, said = await cli("keys", "revoke", lost.key_id, "--client", "other", "--reason", STRANGE)

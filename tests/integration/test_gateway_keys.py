@@ -184,6 +184,32 @@ async def test_the_life_of_a_key(three: Site) -> None:
     assert (act["method"], act["client"], act["request"]["reason"]) == ("RevokeKey", "dev", "leaked")
 
 
+async def test_a_key_can_put_its_client_into_a_tier_whose_limits_hold_at_once(three: Site) -> None:
+    """And a change of the tier is one of all its clients, at every gateway."""
+    error = await refused(three.create("tiny", tier="free"))
+    assert error.code == grpc.StatusCode.NOT_FOUND
+    access = three.registry.access
+
+    async def allow(number: int) -> None:
+        limits = access_pb2.Limits(requests_per_minute=number, scope=access_pb2.Limits.SCOPE_LOCAL)
+        request = access_pb2.SetTierRequest(tier=access_pb2.Tier(name="free", limits=limits))
+        await access.SetTier(request, metadata=three.metadata, timeout=5)
+
+    await allow(1)
+    client = access_pb2.SetClientRequest(client=access_pb2.Client(name="tiny", models=["*"]))
+    await access.SetClient(client, metadata=three.metadata, timeout=5)
+    key = (await three.create("tiny", tier="free")).key
+    refusal = ("RESOURCE_EXHAUSTED", "RATE_LIMITED")
+
+    async def refusing() -> bool:
+        found = await asyncio.gather(*(calls.grpc(INFER, MODEL) for calls in three.calls(key)))
+        return {code for code, _ in found} == {refusal[0]}
+
+    await until(refusing, "each gateway has let one through")
+    await allow(100_000)
+    await three.everywhere(key, ("OK", ""))
+
+
 async def test_a_disabled_client_is_out_within_a_second_and_comes_back(three: Site) -> None:
     key = (await three.create("bob")).key
 
