@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,25 +44,34 @@ def of(identity: Identity | None) -> Iterator[Used]:
         yield Used("mtls-ca", identity.ca, authorities=True)
 
 
-def tell_days_left(meter: Meter, used: Iterable[Used], now_s: Callable[[], float] = time.time) -> None:
-    """A gauge of each file's days left, below 0 when they are over. Files are read when they have changed,
-    whoever asks; one that cannot be read has no value."""
-    files = tuple(used)
-    known: dict[str, tuple[int, float | None]] = {}
+class DaysLeft:
+    """Of files, by name; below 0 when they are over. They are read when they have changed; one that cannot be
+    read has no value."""
 
-    def expires_s(file: Used) -> float | None:
-        written = file.path.stat().st_mtime_ns if file.path.exists() else 0
-        if file.name not in known or known[file.name][0] != written:
-            known[file.name] = written, _expires_s(file)
-        return known[file.name][1]
+    def __init__(self, used: Iterable[Used], now_s: Callable[[], float] = time.time) -> None:
+        self._used, self._now_s = tuple(used), now_s
+        self._known: dict[str, tuple[int, float | None]] = {}
+
+    def read(self) -> Mapping[str, float]:
+        now = self._now_s()
+        ends = {used.name: self._expires_s(used) for used in self._used}
+        return {name: (end - now) / _DAY_S for name, end in ends.items() if end is not None}
+
+    def _expires_s(self, used: Used) -> float | None:
+        written = used.path.stat().st_mtime_ns if used.path.exists() else 0
+        if used.name not in self._known or self._known[used.name][0] != written:
+            self._known[used.name] = written, _expires_s(used)
+        return self._known[used.name][1]
+
+
+def tell_days_left(meter: Meter, used: Iterable[Used]) -> None:
+    """A gauge of each file's days left, asked for whenever it is read."""
+    days_left = DaysLeft(used)
 
     def observed(options: CallbackOptions) -> Iterable[Observation]:
-        for file in files:
-            if (end := expires_s(file)) is not None:
-                yield Observation((end - now_s()) / _DAY_S, {"certificate": file.name})
+        return [Observation(days, {"certificate": name}) for name, days in days_left.read().items()]
 
-    if files:
-        meter.create_observable_gauge(DAYS_LEFT, [observed], "d", "Days until a certificate in use expires")
+    meter.create_observable_gauge(DAYS_LEFT, [observed], "d", "Days until a certificate in use expires")
 
 
 def _expires_s(file: Used) -> float | None:

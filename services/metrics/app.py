@@ -43,7 +43,7 @@ from services.metrics.http import otlp_app
 from services.metrics.intake import Intake
 from services.metrics.points import Point
 from services.metrics.readings import Refusal
-from services.metrics.sampling import measure
+from services.metrics.sampling import Certificates, measure
 from services.metrics.service import Metrics
 from services.metrics.spooled import Spooled
 from services.metrics.store import Store
@@ -204,7 +204,10 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
             serving_http(otlp_app(intake), cfg.metrics_http_listen, cfg.grace_s, patience=PATIENCE)
         )
         tritons = (cfg.metrics_tritons or "").split(",") if cfg.metrics_tritons else ()
-        measured = measure(intake, Host(cfg.metrics_folder), Gpus(), tritons, cfg.metrics_every_s)
+        certificates = Certificates(cfg.identity, cfg.metrics_listen) if cfg.identity else None
+        measured = measure(
+            intake, Host(cfg.metrics_folder), Gpus(), tritons, cfg.metrics_every_s, certificates
+        )
         jobs = [measured, _retain(kept, cfg), alerts.run(), *([judge.run()] if judge is not None else [])]
         await stack.enter_async_context(background(*jobs))
         if cfg.metrics_nice:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from http.client import HTTPException
 
 import psutil
 
+from services.core.certificates import DAYS_LEFT, DaysLeft, of
+from services.core.tls import Identity
 from services.metrics import scrape
 from services.metrics.host import Gpus, Host
 from services.metrics.intake import Intake
@@ -19,7 +22,28 @@ log = logging.getLogger(__name__)
 ROTATE_S = 12 * 3600
 
 
-async def measure(intake: Intake, host: Host, gpus: Gpus, tritons: Sequence[str], every_s: float) -> None:
+class Certificates:
+    """Of this service, as other parts tell of theirs."""
+
+    def __init__(self, identity: Identity, instance: str) -> None:
+        self._days_left, self._instance = DaysLeft(of(identity)), instance
+
+    def readings(self) -> list[Reading]:
+        now, own = time.time_ns(), {"service": "lingqu-metrics", "instance": self._instance}
+        return [
+            Reading(DAYS_LEFT, {**own, "certificate": name}, {"value": days}, now)
+            for name, days in self._days_left.read().items()
+        ]
+
+
+async def measure(
+    intake: Intake,
+    host: Host,
+    gpus: Gpus,
+    tritons: Sequence[str],
+    every_s: float,
+    certificates: Certificates | None = None,
+) -> None:
     """For ever. A source that fails is left out and asked again."""
     loop = asyncio.get_running_loop()
     rotate_at = loop.time() + ROTATE_S
@@ -31,6 +55,8 @@ async def measure(intake: Intake, host: Host, gpus: Gpus, tritons: Sequence[str]
             )
             for some in found:
                 intake.take(some)
+            if certificates is not None:
+                intake.take(await asyncio.to_thread(certificates.readings))
             intake.report()
             if loop.time() >= rotate_at:
                 rotate_at = loop.time() + ROTATE_S

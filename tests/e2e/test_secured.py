@@ -79,7 +79,7 @@ async def test_days_left_of_every_certificate_are_told(secured: Suite) -> None:
     between = {
         (name, f"lingqu-{service}")
         for name in ("mtls", "mtls-ca")
-        for service in ("gateway-control", "inference", "registry")
+        for service in ("gateway-control", "inference", "metrics", "registry")
     }
     edge = {("public", "lingqu-gateway-control"), ("clients-ca", "lingqu-gateway-control")}
     async with grpc.aio.insecure_channel(secured.layout.address(at.METRICS)) as channel:
