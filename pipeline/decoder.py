@@ -145,9 +145,7 @@ def _golden(folder: Path, spec: TextSpec, tokenizer: Any) -> tuple[GoldenText, .
 def _answer(runtime: Runtime, number: int, ids: Sequence[int]) -> list[int]:
     handle = runtime.add(number, Job(0, ids, Sampling(GOLDEN_TOKENS)))
     tokens: list[int] = []
-    while handle.can_read() or handle.get_status().name == "RUNNING":
+    while not handle.is_over():
         runtime.step()
-        while handle.can_read():
-            for output in handle.read().values():
-                tokens += output.generated_ids
+        tokens += handle.take().tokens
     return tokens

@@ -50,10 +50,8 @@ class Engine:
     def turn(self) -> None:
         self.runtime.step()
         for number, handle in list(self._handles.items()):
-            while handle.can_read():
-                for output in handle.read().values():
-                    self.made[number] += output.generated_ids
-            if handle.get_status().name != "RUNNING":
+            self.made[number] += handle.take().tokens
+            if handle.is_over():
                 del self._handles[number]
         for number, rest in self.runtime.displaced():
             self._admit(number, rest)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from pipeline.bundled import TEXT_MODEL
 from services.inference.artifact import Manifest
-from services.inference.backends.jobs import Handle, Job, Sampling
+from services.inference.backends.jobs import NOTHING, Handle, Job, Sampling
 from services.inference.backends.openvino_text import OpenVinoText
 
 STARTS = range(100, 900, 25)
@@ -37,13 +37,12 @@ class Engine:
     def texts(self, handles: Sequence[Handle]) -> list[str]:
         tokens: list[list[int]] = [[] for _ in handles]
         logprobs: list[float] = []
-        while any(handle.get_status().name == "RUNNING" or handle.can_read() for handle in handles):
+        while not all(handle.is_over() for handle in handles):
             self.runtime.step()
             for made, handle in zip(tokens, handles, strict=True):
-                while handle.can_read():
-                    for output in handle.read().values():
-                        made += output.generated_ids
-                        logprobs += output.generated_log_probs
+                output = handle.take()
+                made += output.tokens
+                logprobs += output.logprobs
         self.logprobs = logprobs
         return [self.tokenizer.decode(made) for made in tokens]
 
@@ -71,8 +70,7 @@ def test_questions_that_follow_on_a_stream_that_still_runs_do_not_mix(engine: En
     made: list[int] = []
     while len(made) < 5:
         engine.runtime.step()
-        while stream.can_read():
-            made += [token for output in stream.read().values() for token in output.generated_ids]
+        made += stream.take().tokens
     said = [*beginning, *made[:-1]]
     answers = engine.texts(
         [engine.add([*said, *engine.ids(f" And now: {counting(start)}")]) for start in (200, 300, 400, 500)]
@@ -90,7 +88,7 @@ def test_a_prompt_given_up_half_way_leaves_nothing_wrong_behind(
         engine.runtime.step()
     given_up = engine.add(prompt)
     engine.runtime.step()
-    assert not given_up.can_read(), "the prompt takes more than a step"
+    assert not given_up.take().tokens, "the prompt takes more than a step"
     given_up.cancel()
     engine.texts(streams)
     engine.texts([engine.add(prompt, max_tokens=1, logprobs=True)])
@@ -104,4 +102,4 @@ def test_what_is_cancelled_before_its_turn_costs_nothing(engine: Engine) -> None
     for handle in prompts[1:]:
         handle.cancel()
     assert len(engine.texts(prompts)[0]) > 0
-    assert [handle.get_status().name for handle in prompts] == ["FINISHED", "CANCEL", "CANCEL"]
+    assert [handle.take() for handle in prompts[1:]] == [NOTHING, NOTHING]

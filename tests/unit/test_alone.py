@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.inference.backends.alone import MOST_TOKENS, PROMPT_TOKENS, QUIET_S, Alone, suits
-from services.inference.backends.jobs import Grammar, GrammarKind, Job, Sampling
+from services.inference.backends.jobs import NOTHING, Finish, Grammar, GrammarKind, Job, Output, Sampling
 
 
 def token_after(ids: Sequence[int]) -> int:
@@ -23,8 +22,8 @@ def token_after(ids: Sequence[int]) -> int:
 class Scripted:
     def __init__(self, job: Job) -> None:
         self.ids, self.left = list(job.input_ids), job.sampling.max_tokens
-        self.status = "RUNNING"
-        self._ready: list[Any] = []
+        self.is_running, self.is_told = True, False
+        self._ready: list[Output] = []
 
     def advance(self, tokens: int) -> None:
         made = []
@@ -32,24 +31,20 @@ class Scripted:
             made.append(token_after(self.ids))
             self.ids.append(made[-1])
         self.left -= len(made)
-        reason = SimpleNamespace(name="NONE" if self.left else "LENGTH")
-        if self.status == "RUNNING":
-            self._ready.append(
-                SimpleNamespace(generated_ids=made, generated_log_probs=[], finish_reason=reason)
-            )
-            self.status = "RUNNING" if self.left else "FINISHED"
+        if self.is_running:
+            self._ready.append(Output(made, (), Finish.NONE if self.left else Finish.LENGTH))
+            self.is_running = bool(self.left)
 
-    def can_read(self) -> bool:
-        return bool(self._ready)
-
-    def read(self) -> dict[int, Any]:
-        return {0: self._ready.pop(0)}
+    def take(self) -> Output:
+        made = self._ready.pop(0) if self._ready else NOTHING
+        self.is_told |= bool(made.finish)
+        return made
 
     def cancel(self) -> None:
-        self.status = "CANCEL"
+        self.is_running, self.is_told = False, True
 
-    def get_status(self) -> Any:
-        return SimpleNamespace(name=self.status)
+    def is_over(self) -> bool:
+        return self.is_told
 
 
 class Runtime:
@@ -66,7 +61,7 @@ class Runtime:
     def step(self) -> None:
         self.steps += 1
         for sequence in self.sequences.values():
-            if sequence.status == "RUNNING":
+            if sequence.is_running:
                 sequence.advance(self.tokens)
 
     def displaced(self) -> Sequence[tuple[int, Job]]:
@@ -93,10 +88,8 @@ class World:
     def turn(self) -> None:
         self.runtime.step()
         for number, handle in list(self.handles.items()):
-            while handle.can_read():
-                for output in handle.read().values():
-                    self.made[number] += output.generated_ids
-            if handle.get_status().name != "RUNNING":
+            self.made[number] += handle.take().tokens
+            if handle.is_over():
                 del self.handles[number]
         for number, rest in self.runtime.displaced():
             if number in self.handles:

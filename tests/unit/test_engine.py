@@ -6,13 +6,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from services.inference.backends.engine import Engine
-from services.inference.backends.jobs import Finish, Job, Sampling
+from services.inference.backends.jobs import NOTHING, Finish, Job, Output, Sampling
 
 TIMEOUT_S = 5.0
 
@@ -25,29 +24,24 @@ class Scripted:
         self.left = job.sampling.max_tokens
         self.made = 0
         self.cancelled = False
-        self._ready: list[Any] = []
+        self._ready: list[Output] = []
 
     def advance(self) -> None:
         if self.cancelled or not self.left:
             return
         self.left -= 1
-        reason = SimpleNamespace(name="NONE" if self.left else "LENGTH")
-        self._ready.append(
-            SimpleNamespace(generated_ids=[100 + self.made], generated_log_probs=[-0.5], finish_reason=reason)
-        )
+        finish = Finish.NONE if self.left else Finish.LENGTH
+        self._ready.append(Output([100 + self.made], [-0.5], finish))
         self.made += 1
 
-    def can_read(self) -> bool:
-        return bool(self._ready)
-
-    def read(self) -> dict[int, Any]:
-        return {0: self._ready.pop(0)}
+    def take(self) -> Output:
+        return self._ready.pop(0) if self._ready else NOTHING
 
     def cancel(self) -> None:
         self.cancelled = True
 
-    def get_status(self) -> Any:
-        return SimpleNamespace(name="RUNNING")
+    def is_over(self) -> bool:
+        return self.cancelled or not self.left
 
 
 class Pipeline:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from services.inference.backends.engine import Engine
-from services.inference.backends.jobs import Finish, Grammar, GrammarKind, Job, Sampling
+from services.inference.backends.jobs import Finish, Grammar, GrammarKind, Job, Output, Sampling
 from services.inference.backends.tensorrt_llm import TensorRtPipeline, open_pipeline
 
 
@@ -188,8 +188,11 @@ def test_sampling_is_mapped_field_by_field(made: Any) -> None:
 def test_logprobs_are_those_of_the_tokens(made: Any) -> None:
     pipeline, _ = made(FakeModule([([5], None), ([6], "stop")]))
     handle = pipeline.add(1, Job(1, [1], Sampling(4, logprobs=True)))
-    until(lambda: handle.get_status().name == "FINISHED")
-    found = []
-    while handle.can_read():
-        found += handle.read()[0].generated_log_probs
-    assert found == [-0.5, -0.6]
+    found: list[Output] = []
+
+    def is_over() -> bool:
+        found.append(handle.take())
+        return bool(handle.is_over())
+
+    until(is_over)
+    assert [logprob for output in found for logprob in output.logprobs] == [-0.5, -0.6]

@@ -12,9 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from services.inference.backends.jobs import Handle, Job, Runtime, Sampling
+from services.inference.backends.jobs import NOTHING, Handle, Job, Output, Runtime, Sampling
 
 MIN_TOKENS = 8  # shorter answers are not worth another runtime
 PROMPT_TOKENS = 320  # longer ones are computed in slices, which takes the prefix cache
@@ -75,7 +74,7 @@ class Alone:
         return not self._has_company() and self._clock() - self._company_at >= QUIET_S
 
     def _has_company(self) -> bool:
-        self._company = [handle for handle in self._company if not _is_over(handle)]
+        self._company = [handle for handle in self._company if not handle.is_over()]
         if self._company:
             self._company_at = self._clock()
         return bool(self._company)
@@ -97,29 +96,18 @@ class _Guest:
     handle: Handle
     tokens: list[int] = field(default_factory=list)
     is_leaving: bool = False
-    is_cancelled: bool = False
-    is_ended: bool = False
 
-    def can_read(self) -> bool:
-        return not self.is_cancelled and self.handle.can_read()
-
-    def read(self) -> dict[int, Any]:
-        outputs = self.handle.read()
-        for output in outputs.values():
-            self.tokens += output.generated_ids
-            self.is_ended |= output.finish_reason.name != "NONE"
-        return outputs
+    def take(self) -> Output:
+        made = NOTHING if self.is_over() else self.handle.take()
+        self.tokens += made.tokens
+        return made
 
     def cancel(self) -> None:
         if not self.is_over():
-            self.is_cancelled = True
             self.handle.cancel()
 
-    def get_status(self) -> Any:
-        return self.handle.get_status()
-
     def is_over(self) -> bool:
-        return self.is_ended or self.is_cancelled or _is_over(self.handle)
+        return self.handle.is_over()
 
     def length(self) -> int:
         return len(self.job.input_ids) + len(self.tokens)
@@ -128,7 +116,3 @@ class _Guest:
         """What is left to compute, when all that was made has been read."""
         left = replace(self.job.sampling, max_tokens=self.job.sampling.max_tokens - len(self.tokens))
         return replace(self.job, input_ids=[*self.job.input_ids, *self.tokens], sampling=left)
-
-
-def _is_over(handle: Handle) -> bool:
-    return handle.get_status().name != "RUNNING" and not handle.can_read()

@@ -23,7 +23,7 @@ IDLE_POLL_S = 0.2  # how soon a sink that gave up is noticed while nothing is co
 GATHER_S, GATHER_MOST_S = 0.003, 0.025  # for company, where most of a step would be new: each, in all
 GATHER_TOKENS = 256  # of prompts; more are not computed in one step
 LONG_STEP_S = 0.1  # after which what a step kept out is waited for in any case
-LOOK_STEPS = 16  # between two looks at how full the KV cache is, while no sequence begins or ends
+LOOK_S = 0.2  # between two looks at what changes seldom: sinks that gave up, how full the KV cache is
 ALIVE_S = 2.0  # how often sinks hear that the engine works, even if it has no token for them
 REOPEN_S = (1.0, 30.0)  # between attempts to open a runtime again: at first, at most
 
@@ -55,12 +55,12 @@ class Engine:
         self._runtime = open_runtime()
         self._log = log
         self._flush = flush
-        self._commands: queue.Queue[tuple[str, Any]] = queue.Queue(MAX_PENDING)
+        self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._running: dict[int, _Running] = {}
         self._slices = Slices()
         self._slice: Handle | None = None  # the one that is being computed
         self._next_id = 1
-        self._alive_at = time.monotonic()
+        self._alive_at = self._looked_at = time.monotonic()
         self._step_s = 0.0  # how long the last one took
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -68,7 +68,9 @@ class Engine:
 
     def submit(self, job: Job, sink: Sink) -> None:
         """Queue a job. Raises queue.Full when MAX_PENDING commands wait already."""
-        self._commands.put_nowait(("submit", (job, sink)))
+        if self._commands.qsize() >= MAX_PENDING:
+            raise queue.Full
+        self._commands.put(("submit", (job, sink)))
 
     def cancel(self, sink: Sink, key: int) -> None:
         """Stop a job after the step that is running; a finished one is left alone."""
@@ -94,12 +96,12 @@ class Engine:
 
     def _turn(self) -> None:
         self._take_commands()
-        self._drop_abandoned()
         if not self._running:
             if self._slice is not None:
                 self._slice.cancel()
             return
-        self._feed_slice()
+        if self._slices.waiting:
+            self._feed_slice()
         begun = time.monotonic()
         try:
             self._runtime.step()
@@ -108,19 +110,31 @@ class Engine:
         now = time.monotonic()
         self._step_s = now - begun
         self._publish()
-        self._end_slice(now, self._step_s)
+        self._flush()
+        if self._slice is not None:
+            self._end_slice(self._slice, now)
         self._move_displaced()
+        if now - self._looked_at >= LOOK_S:
+            self._look(now)
+
+    def _look(self, now: float) -> None:
+        """At what changes seldom: between two steps both cores wait."""
+        self._looked_at = now
+        self._drop_abandoned()
+        self.counts.cache = self._runtime.cache()
         if now - self._alive_at >= ALIVE_S:
             self._alive_at = now
             for sink in self._sinks():
                 sink.alive()
-        self._flush()
+            self._flush()
 
     def _take_commands(self) -> None:
         """All that wait; blocks a little while there is nothing to compute. What would be computed anew waits
         for others that come at the same moment: a step that has begun keeps them out until it ends."""
-        before, tokens, gathered_until = len(self._running), 0, 0.0
         after_long = self._step_s >= LONG_STEP_S
+        if self._running and not after_long and self._commands.empty():
+            return
+        before, tokens, gathered_until = len(self._running), 0, 0.0
         wait = (GATHER_S if after_long else 0.0) if self._running else IDLE_POLL_S
         try:
             while True:
@@ -200,12 +214,11 @@ class Engine:
             self._slices.drop(number)
             self._add(number)
 
-    def _end_slice(self, now: float, step_s: float) -> None:
-        if self._slice is None:
-            return
-        self._slices.spent(step_s)
-        if self._slice.can_read() or self._slice.get_status().name in GONE:
-            self._slice.cancel()
+    def _end_slice(self, current: Handle, now: float) -> None:
+        self._slices.spent(self._step_s)
+        made = current.take()
+        if made.tokens or made.finish:
+            current.cancel()
             self._slice = None
             self._slices.computed(now)
 
@@ -226,14 +239,14 @@ class Engine:
         for number, running in self._running.items():
             if running.handle is None:
                 continue
-            tokens, logprobs, finish = _read(running.handle)
+            tokens, logprobs, finish = running.handle.take()
             if not tokens and not finish:
                 continue
             is_news |= not running.tokens or bool(finish)
             total += len(tokens)
             running.tokens += len(tokens)
             sink = running.sink
-            sink.emit(running.job.key, tokens, finish, logprobs if running.job.sampling.logprobs else ())
+            sink.emit(running.job.key, tokens, finish, logprobs)
             touched[id(sink)] = sink
             if finish == Finish.REFUSED:
                 running.handle.cancel()
@@ -241,12 +254,16 @@ class Engine:
                 ended.append(number)
         for number in ended:
             del self._running[number]
+        is_left = False
         for sink in touched.values():
             sink.step_done(len(self._running))
+            is_left |= sink.gone()
+        if is_left:
+            self._drop_abandoned()
         self.counts.steps += 1
         self.counts.tokens += total
         self.counts.sequences = len(self._running)
-        if is_news or self.counts.steps % LOOK_STEPS == 0:
+        if is_news:
             self.counts.cache = self._runtime.cache()
 
     def _end(self, number: int, finish: Finish) -> None:
@@ -286,23 +303,3 @@ class Engine:
             else:
                 self.counts.reopened += 1
                 return
-
-
-def _read(handle: Handle) -> tuple[list[int], list[float], Finish]:
-    """What a sequence has made since: tokens, their log-probabilities, and whether it has ended."""
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    finish = Finish.NONE
-    while handle.can_read():
-        for output in handle.read().values():
-            tokens += output.generated_ids
-            logprobs += output.generated_log_probs
-            finish = _REASONS.get(output.finish_reason.name, Finish.NONE)
-    if not tokens and not finish and handle.get_status().name in GONE:
-        # Dropped without a reason: the KV cache cannot hold the sequence.
-        finish = Finish.REFUSED
-    return tokens, logprobs, finish
-
-
-GONE = ("IGNORED", "CANCEL", "STOP")
-_REASONS = {"STOP": Finish.STOP, "LENGTH": Finish.LENGTH, "TOOL_CALL": Finish.STOP, "FAILED": Finish.FAILED}

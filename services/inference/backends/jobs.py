@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 MAX_TOP_K = 1_000_000  # more than any vocabulary
 MAX_TEMPERATURE = 2.0
@@ -118,14 +118,28 @@ class Counts:
     cache: float | None = None
 
 
-class Handle(Protocol):
-    """A sequence inside the engine: OpenVINO GenAI's GenerationHandle, or another with its manners. It is
-    read to its end or cancelled."""
+class Output(NamedTuple):
+    """What a sequence has made since it was asked last; log-probabilities if its job wants them."""
 
-    def can_read(self) -> bool: ...
-    def read(self) -> dict[int, Any]: ...
-    def cancel(self) -> None: ...
-    def get_status(self) -> Any: ...
+    tokens: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    finish: Finish = Finish.NONE
+
+
+NOTHING = Output()
+
+
+class Handle(Protocol):
+    """A sequence inside the engine. It is taken from until it has a finish, or cancelled."""
+
+    def take(self) -> Output:
+        """Asked after each step. The last has the finish, which is told once."""
+
+    def cancel(self) -> None:
+        """Nobody wants more. May be called of one that has ended."""
+
+    def is_over(self) -> bool:
+        """Whether the finish was told, or it was cancelled."""
 
 
 class Runtime(Protocol):

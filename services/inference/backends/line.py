@@ -52,15 +52,18 @@ class Line:
             if self._is_taken:
                 self._left += rows
                 return False
-            whole = bytes(self._left) + rows
-            self._left.clear()
+            if self._left:
+                rows = bytes(self._left) + rows
+                self._left.clear()
             try:
-                sent = self._write(whole)
+                sent = self._write(rows)
             except OSError:
                 self._socket.close()
                 raise
-            self._left += whole[sent:]
-            return not self._left
+            if sent == len(rows):
+                return True
+            self._left += rows[sent:]
+            return False
 
     def finish(self) -> None:
         """Send what is left, however long it takes up to SLOW_S. Raises OSError."""
@@ -95,8 +98,9 @@ class Line:
         """How many bytes of them fit now, in whole packets."""
         sent = 0
         try:
-            if not rows:
-                self._socket.send(EMPTY)
+            if len(rows) <= PACKET_BYTES:
+                self._socket.send(rows or EMPTY)
+                return len(rows)
             while sent < len(rows):
                 sent += self._socket.send(rows[sent : sent + PACKET_BYTES])
         except BlockingIOError:

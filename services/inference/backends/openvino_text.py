@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,16 @@ import openvino
 import openvino_genai as og
 
 from services.inference.artifact import TextSpec
-from services.inference.backends.jobs import Grammar, GrammarKind, Handle, Job, Sampling
+from services.inference.backends.jobs import (
+    NOTHING,
+    Finish,
+    Grammar,
+    GrammarKind,
+    Handle,
+    Job,
+    Output,
+    Sampling,
+)
 from services.inference.backends.partials import Partials
 
 STEP_TOKENS = 256  # of prompts and streams together
@@ -20,7 +29,13 @@ NGRAM_TOKENS = (
     3  # so many of the last tokens, or fewer, are looked for in what was before, to guess what follows
 )
 
-_RUNNING, _CANCELLED = og.GenerationStatus.RUNNING, og.GenerationStatus.CANCEL
+_RUNNING = og.GenerationStatus.RUNNING
+_REASONS = og.GenerationFinishReason
+_FINISHES = {
+    _REASONS.STOP: Finish.STOP,
+    _REASONS.LENGTH: Finish.LENGTH,
+    _REASONS.TOOL_CALL: Finish.STOP,
+}
 
 
 class OpenVinoText:
@@ -53,14 +68,16 @@ class OpenVinoText:
         self._prompts: list[_Sequence] = []  # that the pipeline is computing
 
     def add(self, number: int, job: Job) -> Handle:
-        sequence = _Sequence(number, job, self._partials, generation_config(job.sampling, self._eos))
+        sequence = _Sequence(number, job, self._partials, self._eos)
         self._waiting.append(sequence)
         return sequence
 
     def step(self) -> None:
-        self._begin()
+        if self._waiting:
+            self._begin()
         self._pipeline.step()
-        self._prompts = [sequence for sequence in self._prompts if not sequence.is_computed()]
+        if self._prompts:
+            self._prompts = [sequence for sequence in self._prompts if not sequence.is_computed()]
 
     def displaced(self) -> Sequence[tuple[int, Job]]:
         return ()
@@ -74,7 +91,7 @@ class OpenVinoText:
         later: list[_Sequence] = []
         while self._waiting and room > 0:
             sequence = self._waiting.popleft()
-            if sequence.get_status() == _CANCELLED:
+            if sequence.is_over():
                 continue
             if not self._partials.claim(sequence.number, sequence.job.input_ids):
                 later.append(sequence)
@@ -108,8 +125,7 @@ class GuessingText:
         config.num_assistant_tokens = self._guesses
         config.max_ngram_size = NGRAM_TOKENS
         ids = openvino.Tensor(np.array([job.input_ids], dtype=np.int64))
-        handle: Handle = self._pipeline.add_request(number, ids, config)
-        return handle
+        return _Guessing(self._pipeline.add_request(number, ids, config), job.sampling, self._eos)
 
     def step(self) -> None:
         self._pipeline.step()
@@ -121,62 +137,121 @@ class GuessingText:
         """It grows with what it holds."""
 
 
+class _Reader:
+    """Takes from the pipeline's handle of a sequence. Between two steps no code is in the processor's cache:
+    there each of the pipeline's enumerations costs 20 to 30 µs, so that it is asked for only where a sequence
+    may have ended."""
+
+    def __init__(self, sampling: Sampling, eos: Set[int]) -> None:
+        self._left = sampling.max_tokens
+        self._logprobs = sampling.logprobs
+        self._eos = eos
+        self._is_told = False
+
+    def read(self, handle: Any) -> Output:
+        if not handle.can_read():
+            return self._end(handle)
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        finish = Finish.NONE
+        while True:
+            for output in handle.read().values():
+                new = output.generated_ids
+                tokens += new
+                if self._logprobs:
+                    logprobs += output.generated_log_probs
+                self._left -= len(new)
+                if self._left <= 0 or not new or new[-1] in self._eos:
+                    finish = _FINISHES.get(output.finish_reason, Finish.NONE)
+            if not handle.can_read():
+                self._is_told |= bool(finish)
+                return Output(tokens, logprobs, finish)
+
+    def _end(self, handle: Any) -> Output:
+        """Of a sequence with nothing to read, told once."""
+        status = handle.get_status()
+        if status == _RUNNING or self._is_told:
+            return NOTHING
+        self._is_told = True
+        # Dropped without a reason: the KV cache cannot hold the sequence.
+        is_whole = status == og.GenerationStatus.FINISHED
+        return Output(finish=Finish.STOP if is_whole else Finish.REFUSED)
+
+
+class _Guessing:
+    """The engine's Handle of a sequence of GuessingText."""
+
+    def __init__(self, handle: Any, sampling: Sampling, eos: Set[int]) -> None:
+        self._handle = handle
+        self._reader = _Reader(sampling, eos)
+        self._is_over = False
+
+    def take(self) -> Output:
+        made = self._reader.read(self._handle)
+        self._is_over |= bool(made.finish)
+        return made
+
+    def cancel(self) -> None:
+        self._is_over = True
+        self._handle.cancel()
+
+    def is_over(self) -> bool:
+        return self._is_over
+
+
 class _Sequence:
     """The engine's Handle of a sequence, from when it waits for its turn."""
 
-    def __init__(self, number: int, job: Job, partials: Partials, config: og.GenerationConfig) -> None:
+    def __init__(self, number: int, job: Job, partials: Partials, eos: Set[int]) -> None:
         self.job = job
         self.number = number
         self._partials = partials
-        self._config = config
+        self._config = generation_config(job.sampling, eos)
+        self._reader = _Reader(job.sampling, eos)
         self._handle: Any = None  # the pipeline's, as soon as it has one
-        self._status: og.GenerationStatus | None = _RUNNING  # None: what the pipeline says
-        self._is_computed = False
+        self._is_refused = self._is_cancelled = self._is_told = self._is_computed = False
 
     def begin(self, pipeline: og.ContinuousBatchingPipeline) -> None:
         """Raises what the pipeline does of a job that it refuses."""
         ids = openvino.Tensor(np.array([self.job.input_ids], dtype=np.int64))
-        self._status = og.GenerationStatus.IGNORED
         try:
             self._handle = pipeline.add_request(self.number, ids, self._config)
         except Exception:
+            self._is_refused = True
             self._partials.ended(self.number)
             raise
-        self._status = None
 
     def is_computed(self) -> bool:
         """Whether the prompt is, or never will be; asked after each step until then."""
         running = self._handle.get_status() == _RUNNING
         self._is_computed = bool(self._handle.can_read()) or not running
-        if self._is_computed and self._status == _CANCELLED:
+        if self._is_computed and self._is_cancelled:
             self._leave()
         return self._is_computed
 
-    def can_read(self) -> bool:
-        return self._handle is not None and bool(self._handle.can_read())
+    def take(self) -> Output:
+        if self._handle is None:
+            made = Output(finish=Finish.REFUSED) if self._is_refused else NOTHING
+        else:
+            made = self._reader.read(self._handle)
+            self._partials.grew(self.number, made.tokens)
+        if made.finish:
+            self._is_told = True
+            self._partials.ended(self.number)
+        return made
 
-    def read(self) -> dict[int, Any]:
-        outputs: dict[int, Any] = self._handle.read()
-        for output in outputs.values():
-            self._partials.grew(self.number, output.generated_ids)
-            if output.finish_reason != og.GenerationFinishReason.NONE:
-                self._partials.ended(self.number)
-        return outputs
-
-    def get_status(self) -> Any:
-        return self._handle.get_status() if self._status is None else self._status
+    def is_over(self) -> bool:
+        return self._is_told or self._is_cancelled
 
     def cancel(self) -> None:
-        """Nobody wants more; asked of ended ones, too."""
-        self._status = _CANCELLED
+        self._is_cancelled = True
         if self._handle is None:
             self._partials.ended(self.number)
         elif self._is_computed:
             self._leave()
 
     def _leave(self) -> None:
-        while self.can_read():
-            self.read()
+        self.take()
         self._handle.cancel()
         self._partials.ended(self.number)
 
@@ -187,11 +262,11 @@ def pipeline_path(folder: Path, spec: TextSpec) -> Path:
     return weights if weights.suffix == ".gguf" else weights.parent
 
 
-def generation_config(sampling: Sampling, eos: set[int]) -> og.GenerationConfig:
+def generation_config(sampling: Sampling, eos: Set[int]) -> og.GenerationConfig:
     config = og.GenerationConfig()
     config.max_new_tokens = sampling.max_tokens
     config.eos_token_id = min(eos, default=-1)
-    config.stop_token_ids = eos
+    config.stop_token_ids = set(eos)
     config.repetition_penalty = sampling.repetition_penalty
     config.presence_penalty = sampling.presence_penalty
     config.frequency_penalty = sampling.frequency_penalty

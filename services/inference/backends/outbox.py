@@ -40,6 +40,7 @@ class Outbox:
     """One thread; `close` ends it, and what was not sent is lost."""
 
     def __init__(self) -> None:
+        self._new: dict[int, Postable] = {}  # the engine's thread's own
         self._lock = threading.Lock()
         self._waiting: dict[int, Postable] = {}
         self._full, self._begun = threading.Event(), threading.Event()
@@ -48,18 +49,17 @@ class Outbox:
         self._thread.start()
 
     def add(self, sender: Postable) -> None:
-        """It has something to send with the next flush."""
-        with self._lock:
-            self._waiting[id(sender)] = sender
+        """It has something to send with the next flush. Called on the engine's thread, as that is."""
+        self._new[id(sender)] = sender
 
     def flush(self) -> None:
         """Returns once sending has begun, or after HAND_OVER_S."""
+        left = {number: sender for number, sender in self._new.items() if not sender.hand_over()}
+        self._new.clear()
+        if not left:
+            return
         with self._lock:
-            for sender in list(self._waiting.values()):
-                if sender.hand_over():
-                    del self._waiting[id(sender)]
-            if not self._waiting:
-                return
+            self._waiting.update(left)
         self._begun.clear()
         self._full.set()
         self._begun.wait(HAND_OVER_S)

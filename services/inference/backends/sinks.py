@@ -63,7 +63,7 @@ class SessionSink(_Sink):
         self._spans = spans
         self._line = line
         self._open: dict[int, EngineSpan] = {}
-        self._rows: list[wire.Row] = []
+        self._rows = b""
 
     def begin(self, key: int, traceparent: str, prompt_tokens: int) -> None:
         self._open[key] = self._spans.start(traceparent, prompt_tokens)
@@ -90,7 +90,7 @@ class SessionSink(_Sink):
         if self._line is None or self.gone():
             return False
         try:
-            return self._line.send(wire.packed(self._taken()))
+            return self._line.send(self._taken())
         except OSError:
             self.failed()
             return True
@@ -98,7 +98,7 @@ class SessionSink(_Sink):
     def take(self) -> list[tuple[Any, int]]:
         if self._line is not None:
             return [(None, 0)]
-        step = np.array(self._taken(), dtype=np.int32).reshape(-1, wire.COLUMNS)
+        step = np.frombuffer(self._taken(), np.int32).reshape(-1, wire.COLUMNS)
         return [(pb_utils.InferenceResponse([pb_utils.Tensor(wire.STEP, step)]), 0)]
 
     def send(self, response: Any, flags: int) -> None:
@@ -112,9 +112,9 @@ class SessionSink(_Sink):
         if self._line is not None:
             self._line.close()
 
-    def _taken(self) -> list[wire.Row]:
+    def _taken(self) -> bytes:
         with self._lock:
-            rows, self._rows = self._rows, []
+            rows, self._rows = self._rows, b""
         return rows
 
 

@@ -40,6 +40,11 @@ class Slices:
         self._spent_s = 0.0
         self._pause_until = 0.0
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there are prompts with something left to compute."""
+        return bool(self._turns)
+
     def wants(self, ids: Sequence[int]) -> bool:
         """Whether the prompt is long enough for slices."""
         return len(ids) > LONG_TOKENS

@@ -16,26 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.inference.backends.jobs import GrammarKind, Job, Sampling
+from services.inference.backends.jobs import Finish, GrammarKind, Job, Output, Sampling
 
 WAIT_S = 0.005  # of a step without news; commands wait as long at most
-_FINISHED = {"stop": "STOP", "length": "LENGTH"}  # whatever else: "timeout", "cancelled"
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A value of one of the engine's enumerations."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """New tokens of a sequence, as OpenVINO GenAI has them."""
-
-    generated_ids: list[int]
-    generated_log_probs: list[float]
-    finish_reason: Named
+_FINISHED = {"stop": Finish.STOP, "length": Finish.LENGTH}  # whatever else: "timeout", "cancelled"
 
 
 @dataclass(slots=True)
@@ -44,29 +28,35 @@ class TensorRtHandle:
 
     _loop: asyncio.AbstractEventLoop
     _outputs: deque[Output] = field(default_factory=deque)
-    _status: Named = Named("RUNNING")
+    _ended: bool = False
+    _told: bool = False
     _result: Any = None
     _cancelled: bool = False
     _sent: int = 0
 
-    def can_read(self) -> bool:
-        return bool(self._outputs)
-
-    def read(self) -> dict[int, Output]:
-        return {0: self._outputs.popleft()}
+    def take(self) -> Output:
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        finish = Finish.NONE
+        while self._outputs:
+            output = self._outputs.popleft()
+            tokens += output.tokens
+            logprobs += output.logprobs
+            finish = output.finish
+        self._told |= bool(finish)
+        return Output(tokens, logprobs, finish)
 
     def cancel(self) -> None:
-        """After the step that is running; nothing happens to one that has ended."""
+        """After the step that is running."""
         self._cancelled = True
         self._loop.call_soon_threadsafe(self.abort)
 
-    def get_status(self) -> Named:
-        """ "RUNNING" or "FINISHED"."""
-        return self._status
+    def is_over(self) -> bool:
+        return self._told or self._cancelled
 
     def abort(self) -> None:
         """In the loop's thread."""
-        if self._result is not None and self._status.name == "RUNNING":
+        if self._result is not None and not self._ended:
             self._result.abort()
 
     def begin(self, result: Any) -> None:
@@ -79,19 +69,17 @@ class TensorRtHandle:
         tokens = [int(token) for token in completion.token_ids[self._sent :]]
         found = list(completion.logprobs or ())[self._sent :]
         self._sent += len(tokens)
-        reason = completion.finish_reason
-        name = _FINISHED.get(reason, "NONE")
-        if tokens or name != "NONE":
+        finish = _FINISHED.get(completion.finish_reason, Finish.NONE)
+        if tokens or finish:
             logprobs = [_logprob(one, token) for one, token in zip(found, tokens, strict=False)]
-            self._outputs.append(Output(tokens, logprobs, Named(name)))
-        if name != "NONE":
-            self._status = Named("FINISHED")
+            self._outputs.append(Output(tokens, logprobs, finish))
+        self._ended |= bool(finish)
 
     def fail(self) -> None:
         """It ended without a reason of the table."""
-        if self._status.name == "RUNNING":
-            self._outputs.append(Output([], [], Named("FAILED")))
-            self._status = Named("FINISHED")
+        if not self._ended:
+            self._outputs.append(Output(finish=Finish.FAILED))
+            self._ended = True
 
 
 class TensorRtPipeline:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import gc
 import hmac
 import json
 import queue
@@ -56,6 +57,8 @@ class TritonPythonModel:
         self._sessions: dict[str, SessionSink] = {}
         self._folder = folder
         self._scorer: Scorer | None = None  # with the first text to score
+        gc.collect()
+        gc.freeze()  # a collection of all there is would come between two steps
 
     def finalize(self) -> None:
         self._engine.close()

@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from services.inference.backends.jobs import Finish, Grammar, GrammarKind, Job, Sampling
 
@@ -39,22 +39,18 @@ COLUMNS = 4
 NO_TOKEN = -1
 MAX_KEY = 2**31 - 1  # `step` is INT32
 
-Row: TypeAlias = tuple[int, int, int, int]
-_FLOAT, _INT = struct.Struct("<f"), struct.Struct("<i")
+_FLOAT, _INT, _ROW = struct.Struct("<f"), struct.Struct("<i"), struct.Struct(f"<{COLUMNS}i")
 
 
-def rows(key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[float]) -> Iterator[Row]:
-    """What a step made for one sequence."""
+def rows(key: int, tokens: Sequence[int], finish: Finish, logprobs: Sequence[float]) -> bytes:
+    """What a step made for one sequence, as the tensor has it."""
+    packed = b""
     for index, token in enumerate(tokens):
         bits = _INT.unpack(_FLOAT.pack(logprobs[index]))[0] if logprobs else 0
-        yield key, token, Finish.NONE, bits
+        packed += _ROW.pack(key, token, Finish.NONE, bits)
     if finish:
-        yield key, NO_TOKEN, finish, 0
-
-
-def packed(rows: Sequence[Row]) -> bytes:
-    """As the tensor would have them."""
-    return struct.pack(f"<{COLUMNS * len(rows)}i", *(value for row in rows for value in row))
+        packed += _ROW.pack(key, NO_TOKEN, finish, 0)
+    return packed
 
 
 def logprob(bits: int) -> float:
