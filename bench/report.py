@@ -43,6 +43,11 @@ def row(name: str, values: Sequence[float], unit: str) -> str:
     )
 
 
+def ratios(ours: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Pass by pass: what drifts between passes cancels."""
+    return [a / b for a, b in zip(ours, reference, strict=True)]
+
+
 def ratio(ours: Sequence[float], reference: Sequence[float]) -> float:
-    """Median over passes of the ratio within a pass: what drifts between passes cancels."""
-    return statistics.median(a / b for a, b in zip(ours, reference, strict=True))
+    """The median of `ratios`."""
+    return statistics.median(ratios(ours, reference))
