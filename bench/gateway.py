@@ -115,15 +115,15 @@ def _measure(suite: Suite) -> list[Target]:
         print(row(f"{name}, processor time", costs[name], "µs"))
     for name in addresses:
         print(row(f"{name}, latency p50", delays[name], "ms"))
-    ours, bare = rates["public port"], rates["Envoy, no policy"]
+    ours, plain = rates["public port"], rates["Envoy, no policy"]
     extra = [a - b for a, b in zip(costs["public port"], costs["Envoy, no policy"], strict=True)]
     print(row("of policies, processor time", extra, "µs"))
-    print(row("public port ÷ Envoy, no policy, by rounds", ratios(ours, bare), "×"))
+    print(row("public port ÷ Envoy, no policy, by rounds", ratios(ours, plain), "×"))
     added = statistics.median(
         ours - theirs for ours, theirs in zip(delays["public port"], delays["Triton direct"], strict=True)
     )
     found = [
-        Target("public port ÷ Envoy without policies, req/s", ratio(ours, bare), 0.85),
+        Target("public port ÷ Envoy without policies, req/s", ratio(ours, plain), 0.85),
         Target("public port ÷ grpc.aio proxy, req/s", ratio(ours, rates[SLOW_PROXY]), 4),
         Target("public port − Triton direct, latency p50", added, 0.35, at_least=False, unit="ms"),
     ]
