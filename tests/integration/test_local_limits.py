@@ -105,6 +105,20 @@ async def test_who_is_refused_is_told_which_limit_and_when_to_come_back(
     }
 
 
+async def test_answers_tell_of_one_rate_and_refusals_of_the_one_that_was_reached(
+    gate: Plane, backend: Backend
+) -> None:
+    both = Limits(requests_per_second=2, requests_per_minute=60, local=True)
+    await limited(gate, backend, Client("both", ("*",), both))
+    caller = await gate.caller("both")
+    passed = await caller.ask("m")
+    assert (passed.headers["x-ratelimit-limit"], passed.headers["x-ratelimit-remaining"]) == ("60", "59")
+    refused = next(a for a in await caller.ask_often("m", 5) if a.code is EXHAUSTED)
+    assert refused.text == 'client "both" may make 2 requests per second'
+    assert (refused.headers["x-ratelimit-limit"], refused.headers["x-ratelimit-remaining"]) == ("2", "0")
+    assert refused.headers["x-ratelimit-reset"] == refused.headers["retry-after"] == "1"
+
+
 async def test_limits_of_a_model_and_of_a_client_for_a_model(gate: Plane, backend: Backend) -> None:
     local = Limits(requests_per_minute=3, local=True)
     await limited(

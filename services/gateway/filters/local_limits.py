@@ -28,6 +28,8 @@ CLIENTS, MODELS = "local-limits-of-clients", "local-limits-of-models"
 # In an answer to a request that was refused: which limit it was, in words.
 LIMIT_HEADER = "x-lingqu-limit"
 
+_TOLD = ("x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset")
+
 # Statuses by which the listener tells whose limit it was; no client sees them.
 _STATUSES = {"client": 423, "model": 424, "client_model": 426}
 _HOLDERS = {"client": "the client", "model": "the model", "client_model": "the client"}
@@ -79,13 +81,14 @@ def _chain(limits: Limits, of: str, may: str) -> list[dict[str, Any]]:
         ("requests_per_second", "second", 1, limits.requests_per_second),
         ("requests_per_minute", "minute", 60, limits.requests_per_minute),
     ]
+    kept = [rate for rate in rates if rate[3] and limits.local]
     chain = [_at_once(limits.concurrent_requests, of)] if limits.concurrent_requests else []
-    chain += [
-        _rate(of, field, number, seconds, f"{may} {_requests(number)} per {unit}")
-        for field, unit, seconds, number in rates
-        if number and limits.local
+    return chain + [
+        _rate(
+            of, field, number, seconds, f"{may} {_requests(number)} per {unit}", told=seconds == kept[-1][2]
+        )
+        for field, unit, seconds, number in kept
     ]
-    return chain
 
 
 def _requests(number: int) -> str:
@@ -119,13 +122,17 @@ def _at_once(number: int, of: str) -> dict[str, Any]:
     return {"name": "at-once", "typed_config": typed("adaptive_concurrency.v3.AdaptiveConcurrency", config)}
 
 
-def _rate(of: str, field: str, number: int, seconds: int, text: str) -> dict[str, Any]:
+def _rate(of: str, field: str, number: int, seconds: int, text: str, *, told: bool) -> dict[str, Any]:
+    """`told`: answers to requests that pass say what is left of it."""
     refusal = LimitReached(text, field, of, seconds / number)  # when the next token comes
+    wait = str(math.ceil(seconds / number))
     added = {
         LIMIT_HEADER: text,
         "grpc-status-details-bin": replies.details_header(refusal),
-        "retry-after": str(math.ceil(seconds / number)),
+        "retry-after": wait,
     }
+    if not told:  # Envoy adds them to refusals only where it adds them to all answers
+        added |= dict(zip(_TOLD, (str(number), "0", wait), strict=True))
     always = {"default_value": {"numerator": 100}}
     config = {
         "stat_prefix": of,
@@ -133,7 +140,7 @@ def _rate(of: str, field: str, number: int, seconds: int, text: str) -> dict[str
         "filter_enabled": always,
         "filter_enforced": always,
         "rate_limited_as_resource_exhausted": True,
-        "enable_x_ratelimit_headers": "DRAFT_VERSION_03",
+        "enable_x_ratelimit_headers": "DRAFT_VERSION_03" if told else "OFF",
         "response_headers_to_add": [{"header": {"key": k, "value": v}} for k, v in added.items()],
     }
     return {"name": field, "typed_config": typed("local_ratelimit.v3.LocalRateLimit", config)}
