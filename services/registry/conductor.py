@@ -58,6 +58,8 @@ class Conductor:
             rollout.step_time.CopyFrom(rollout.create_time)
             after = traffic.canary(model, stable, version, plan.steps[0].percent, plan.shadow_percent)
             basis = self._releases.admissible(model, after)
+            # Later steps are not asked again, and a first one of copies only gives the version no share.
+            policies.check_evaluation(self._catalog.version(name, version), model.policy)
             pace = await self._releases.pace(model)
             timed = await self._timed(rollout, rollouts.wait_s(rollout))
             state = traffic.forward(model, after)

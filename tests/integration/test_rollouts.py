@@ -119,6 +119,21 @@ def weights_of(traffic: models_pb2.Traffic) -> dict[int, int]:
     return {w.version: w.percent for w in traffic.weights}
 
 
+async def test_copies_are_no_way_around_the_thresholds_of_a_policy(api: Api) -> None:
+    """A first step of copies only gives the version no share, the next one does."""
+    await api.create()
+    await api.create(evaluation={"accuracy": 0.5})
+    await api.host(1, 2)
+    await api.promote(1)
+    threshold = models_pb2.Threshold(metric="accuracy", min=0.9)
+    request = models_pb2.SetPolicyRequest(model="m", policy=models_pb2.Policy(thresholds=[threshold]))
+    await api.models.SetPolicy(request, timeout=5)
+    for first in (plan(10, wait_s=60), plan(0, 10, wait_s=60, shadow_percent=100)):
+        error = await refused(start(api, first))
+        assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "BELOW_THRESHOLD")
+    assert weights(await api.model()) == {1: 100}
+
+
 async def test_verdicts_advance_and_a_bad_one_goes_back_at_once(api: Api) -> None:
     await ready(api)
     guards = [rollouts_pb2.Guard(metric="error_rate", max=0.02, min_samples=100)]
