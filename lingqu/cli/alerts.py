@@ -32,6 +32,10 @@ TIMEOUT_S = 30.0
 WATCH_AGAIN_S = 1.0
 
 Name = Annotated[str, typer.Argument(help="As `lingqu alerts rules list` names it.")]
+Everything = Annotated[
+    bool, typer.Option("--all", help="Also what is pending, and what was resolved lately.")
+]
+OfRule = Annotated[str, typer.Option(help="Only of this rule.")]
 
 
 class Severity(enum.StrEnum):
@@ -50,10 +54,8 @@ def firing(context: typer.Context, output: Output = Format.table) -> None:
 @app.command("list")
 def list_(
     context: typer.Context,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Also what is pending, and what was resolved lately.")
-    ] = False,
-    rule: Annotated[str, typer.Option(help="Only of this rule.")] = "",
+    everything: Everything = False,
+    rule: OfRule = "",
     output: Output = Format.table,
 ) -> None:
     """Alerts that fire; the worst first."""
@@ -63,10 +65,8 @@ def list_(
 @app.command()
 def watch(
     context: typer.Context,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Also what is pending, and what was resolved lately.")
-    ] = False,
-    rule: Annotated[str, typer.Option(help="Only of this rule.")] = "",
+    everything: Everything = False,
+    rule: OfRule = "",
     output: Output = Format.table,
 ) -> None:
     """What fires, then every change, until Ctrl-C."""

@@ -1,12 +1,10 @@
 """What outlives a restart: rules and silences in one file, where alerts are and what was told in another.
 
-Both are JSON, written whole. One that cannot be read is set aside as `NAME.corrupt`, and the service starts
-without it: better alerts anew than none.
+A file that cannot be read is set aside (documents.py): better alerts anew than none.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,7 +15,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
 from lingqu.metrics.v1 import alerts_pb2, metrics_pb2
 from services.core.errors import LingquError
-from services.core.files import write_whole
+from services.metrics import documents
 from services.metrics.alerts import convert
 from services.metrics.alerts.notices import Group, Notice
 from services.metrics.alerts.rules import Rule
@@ -55,10 +53,10 @@ class Archive:
         self._folder = folder
 
     def wanted(self) -> Wanted:
-        return self._read(RULES, _wanted, Wanted())
+        return documents.read(self._folder / RULES, _wanted, Wanted())
 
     def known(self) -> Known:
-        return self._read(STATE, _known, Known())
+        return documents.read(self._folder / STATE, _known, Known())
 
     def keep_wanted(self, wanted: Wanted) -> None:
         """Raises LingquError."""
@@ -67,7 +65,7 @@ class Archive:
             "disabled": sorted(wanted.disabled),
             "silences": [_plain(convert.from_silence(silence)) for silence in wanted.silences.values()],
         }
-        self._write(RULES, body)
+        documents.write(self._folder / RULES, body)
 
     def keep_known(self, known: Known) -> None:
         """Raises LingquError."""
@@ -84,27 +82,7 @@ class Archive:
                 for name, group in known.groups.items()
             },
         }
-        self._write(STATE, body)
-
-    def _write(self, name: str, body: Any) -> None:
-        try:
-            write_whole(self._folder / name, json.dumps(body, ensure_ascii=False).encode(), 0o600)
-        except OSError as err:
-            raise LingquError(f"{self._folder / name} cannot be written: {err.strerror}") from err
-
-    def _read(self, name: str, read: Callable[[Any], T], nothing: T) -> T:
-        path = self._folder / name
-        try:
-            return read(json.loads(path.read_bytes()))
-        except FileNotFoundError:
-            return nothing
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-            log.error("%s cannot be read, and is set aside as %s.corrupt: %r", path, name, err)  # noqa: TRY400
-        try:
-            path.replace(path.with_name(f"{name}.corrupt"))
-        except OSError:
-            log.exception("%s cannot be set aside", path)
-        return nothing
+        documents.write(self._folder / STATE, body)
 
 
 def _plain(message: Any) -> Any:

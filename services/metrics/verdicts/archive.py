@@ -3,20 +3,15 @@ one more chance of a false alarm. Which texts were compared is forgotten, and wh
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from services.core.errors import LingquError
-from services.core.files import write_whole
+from services.metrics import documents
 from services.metrics.verdicts.answers import Kind
 from services.metrics.verdicts.evidence import Excess, Mean, Mixture, Tally
 from services.metrics.verdicts.trial import Side, Terms, Trial
-
-log = logging.getLogger(__name__)
 
 
 class Archive:
@@ -26,26 +21,13 @@ class Archive:
         self._path = path
 
     def read(self) -> dict[str, Trial]:
-        """By id of the rollout. A file that cannot be read is set aside as `NAME.corrupt`."""
-        try:
-            return {raw["rollout"]: _restored(raw) for raw in json.loads(self._path.read_bytes())}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-            aside = self._path.with_name(f"{self._path.name}.corrupt")
-            log.error("%s cannot be read, and is set aside as %s: %r", self._path, aside.name, err)  # noqa: TRY400
-        try:
-            self._path.replace(aside)
-        except OSError:
-            log.exception("%s cannot be set aside", self._path)
-        return {}
+        """By id of the rollout."""
+        nothing: dict[str, Trial] = {}
+        return documents.read(self._path, _all_restored, nothing)
 
     def keep(self, trials: Iterable[dict[str, Any]]) -> None:
         """Each as `plain` has it. Raises LingquError."""
-        try:
-            write_whole(self._path, json.dumps(list(trials)).encode(), 0o600)
-        except OSError as err:
-            raise LingquError(f"{self._path} cannot be written: {err.strerror}") from err
+        documents.write(self._path, list(trials))
 
 
 def plain(trial: Trial) -> dict[str, Any]:
@@ -67,6 +49,10 @@ def plain(trial: Trial) -> dict[str, Any]:
             for version, side in trial.sides.items()
         },
     }
+
+
+def _all_restored(body: Any) -> dict[str, Trial]:
+    return {raw["rollout"]: _restored(raw) for raw in body}
 
 
 def _restored(raw: Any) -> Trial:
