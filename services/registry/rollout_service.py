@@ -8,7 +8,7 @@ from lingqu.registry.v1.rollouts_pb2_grpc import RolloutServiceServicer
 from services.core.errors import InvalidInput, NotFound
 from services.core.identity import Callers
 from services.core.interceptors import Context
-from services.registry import validation
+from services.registry import plans, validation
 from services.registry.catalog import Catalog
 from services.registry.conductor import Conductor
 from services.registry.releases import Asked
@@ -31,7 +31,7 @@ class Rollouts(RolloutServiceServicer):
             validation.request_id(request.request_id),
             request.expected_revision,
         )
-        plan = validation.plan(request.plan)
+        plan = plans.plan(request.plan)
         rollout = await self._conductor.start(name, request.version, plan, asked)
         return pb.StartRolloutResponse(rollout=rollout)
 

@@ -22,7 +22,6 @@ MAX_URI = 2048
 MAX_DETAIL = 1024
 MAX_FIGURES = 64
 MAX_PATTERNS = 100
-MAX_STEPS = 20
 MAX_WEIGHTS = 30
 MAX_TENSORS, MAX_DIMENSIONS = 256, 32
 # etcd takes 1.5 MiB a transaction, and every watcher is sent every version.
@@ -184,11 +183,11 @@ def weights(request: models_pb2.SetTrafficRequest) -> dict[int, int]:
 def policy(value: models_pb2.Policy) -> models_pb2.Policy:
     if value.min_ready_replicas > 1000:
         raise InvalidInput("policy.min_ready_replicas", "at most 1,000")
-    _seconds("policy.min_release_interval", value.min_release_interval, 366 * 86_400)
+    seconds("policy.min_release_interval", value.min_release_interval, 366 * 86_400)
     if len(value.thresholds) > MAX_FIGURES:
         raise InvalidInput("policy.thresholds", f"at most {MAX_FIGURES}")
     for index, threshold in enumerate(value.thresholds):
-        _bounds(f"policy.thresholds[{index}]", threshold)
+        bounds(f"policy.thresholds[{index}]", threshold)
     patterns("policy.releasers", value.releasers)
     if value.protection.breaker_error_percent > 100:
         raise InvalidInput("policy.protection.breaker_error_percent", "at most 100")
@@ -207,46 +206,7 @@ def placement(value: models_pb2.Placement) -> models_pb2.Placement:
     return value
 
 
-def plan(value: rollouts_pb2.RolloutPlan) -> rollouts_pb2.RolloutPlan:
-    if not 1 <= len(value.steps) <= MAX_STEPS:
-        raise InvalidInput("plan.steps", f"1 to {MAX_STEPS} steps are needed")
-    if value.shadow_percent > 100:
-        raise InvalidInput("plan.shadow_percent", "at most 100")
-    before = -1 if value.shadow_percent else 0
-    for index, step in enumerate(value.steps):
-        if not before < step.percent < 100:
-            also = "" if step.percent or index else "; 0 goes with a shadow_percent only"
-            raise InvalidInput(
-                f"plan.steps[{index}].percent", f"1 to 99 and more than the step before is needed{also}"
-            )
-        before = step.percent
-        _seconds(f"plan.steps[{index}].wait", step.wait, MAX_WAIT_S)
-    if len(value.guards) > MAX_FIGURES:
-        raise InvalidInput("plan.guards", f"at most {MAX_FIGURES}")
-    for index, guard in enumerate(value.guards):
-        _bounds(f"plan.guards[{index}]", guard)
-    _seconds("plan.verdict_timeout", value.verdict_timeout, MAX_WAIT_S)
-    _judgement(value.judgement)
-    return value
-
-
-def _judgement(value: rollouts_pb2.Judgement) -> None:
-    bounds = {
-        "false_alarms": (1e-6, 0.5),
-        "error_increase": (0, 1),
-        "label_disagreement": (0, 1),
-        "cosine_distance": (0, 1),
-        "token_divergence": (0, 1),
-        "least": (1, 1_000_000),
-    }
-    for name, (low, high) in bounds.items():
-        if value.HasField(name) and not low <= getattr(value, name) <= high:  # type: ignore[arg-type]
-            raise InvalidInput(f"plan.judgement.{name}", f"{low:g} to {high:,g} is needed")
-    if value.HasField("slowdown") and value.slowdown and not 1 <= value.slowdown <= 1000:
-        raise InvalidInput("plan.judgement.slowdown", "1 to 1,000 is needed, or 0: not asked")
-
-
-def _bounds(field: str, value: models_pb2.Threshold | rollouts_pb2.Guard) -> None:
+def bounds(field: str, value: models_pb2.Threshold | rollouts_pb2.Guard) -> None:
     if not 0 < len(value.metric) <= 63:
         raise InvalidInput(f"{field}.metric", "1 to 63 characters are needed")
     if not value.HasField("min") and not value.HasField("max"):
@@ -357,7 +317,7 @@ def _text(field: str, value: str, most: int) -> str:
     return value
 
 
-def _seconds(field: str, value: Duration, most: int) -> None:
+def seconds(field: str, value: Duration, most: int) -> None:
     if value.nanos or not 0 <= value.seconds <= most:
         raise InvalidInput(field, f"whole seconds, 0 to {most}, are needed")
 

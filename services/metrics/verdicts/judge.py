@@ -20,8 +20,7 @@ from services.core.errors import LingquError
 from services.core.interceptors import Context
 from services.core.registry import NO_ANSWER, Registry, Watched
 from services.core.tasks import background
-from services.metrics.accesslog import DRAWN_FIELD, REQUESTS
-from services.metrics.alerts.defaults import BAD
+from services.metrics.accesslog import DRAWN_FIELD, REQUESTS, WELL
 from services.metrics.intake import Intake
 from services.metrics.points import Point
 from services.metrics.readings import Reading
@@ -55,7 +54,6 @@ UNJUDGED = frozenset(
     | {"FAILED_PRECONDITION", "OUT_OF_RANGE", "ABORTED", "ALREADY_EXISTS"}
     | {str(status) for status in range(400, 500)}
 )
-_BAD = frozenset(BAD) | {"UNIMPLEMENTED"}
 
 
 @dataclass(slots=True)
@@ -183,7 +181,7 @@ class Judge:
         if trial is None or not version.isdigit() or status in UNJUDGED:
             return
         if DRAWN_FIELD in point.fields:  # failures that are told beside would outweigh what went well
-            trial.take_request(int(version), status in _BAD, point.fields.get("duration"))
+            trial.take_request(int(version), status not in WELL, point.fields.get("duration"))
 
     async def _report(self, rollout: Rollout, trial: Trial) -> bool:
         """What is new, and the figures from time to time. False: the registry does not answer."""
