@@ -6,6 +6,7 @@ HTTP, not gRPC: a training forks workers for its data, and gRPC does not take a 
 from __future__ import annotations
 
 import logging
+import ssl
 import threading
 import time
 import urllib.error
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -29,7 +31,7 @@ AT_ONCE = 50  # records of an export
 TIMEOUT_S = 2.0
 CLOSE_S = 3.0
 _AGAIN = frozenset({408, 429, 502, 503, 504})  # of HTTP, by OTLP's specification
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_DIRECT = urllib.request.ProxyHandler({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,38 @@ class Record:
     time_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """PEM files for a collector that speaks TLS: the CA that its certificate is from, and the certificate and
+    key to show to it. They are read at each export: one that was renewed is used."""
+
+    ca: Path | str
+    certificate: tuple[Path | str, Path | str] | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Raises OSError."""
+        made = ssl.create_default_context(cafile=self.ca)
+        if self.certificate is not None:
+            made.load_cert_chain(*self.certificate)
+        return made
+
+
 class Exports:
     """Between `with` and its end. `offer` never waits and never raises: while the collector is away, at most
     `most` records are kept, and of more the oldest are dropped and counted. When it takes some again it is
     told the number by the counter `counter`, with `labels`."""
 
-    def __init__(self, url: str, counter: str, labels: Mapping[str, str], most: int = MAX_QUEUED) -> None:
-        """`url` is that of the collector, without a path."""
+    def __init__(
+        self,
+        url: str,
+        counter: str,
+        labels: Mapping[str, str],
+        most: int = MAX_QUEUED,
+        trust: Trust | None = None,
+    ) -> None:
+        """`url` is that of the collector, without a path; `trust`: whom to, where that is https."""
         self._url = f"{url.rstrip('/')}/v1/metrics"
-        self._counter, self._labels, self._most = counter, labels, most
+        self._counter, self._labels, self._most, self._trust = counter, labels, most, trust
         self._queue: deque[Record] = deque()
         self._changed = threading.Condition()
         self._stop_at: float | None = None
@@ -126,7 +151,7 @@ class Exports:
         )
         left = TIMEOUT_S if self._stop_at is None else max(0.1, self._stop_at - time.monotonic())
         try:
-            with _DIRECT.open(request, timeout=min(TIMEOUT_S, left)) as answer:
+            with self._opener().open(request, timeout=min(TIMEOUT_S, left)) as answer:
                 answer.read()
         except urllib.error.HTTPError as err:
             with err:
@@ -142,6 +167,11 @@ class Exports:
             log.info("%s is back", self._url)
             self._away = False
         return True
+
+    def _opener(self) -> urllib.request.OpenerDirector:
+        """Raises OSError."""
+        context = self._trust.context() if self._trust is not None else None
+        return urllib.request.build_opener(_DIRECT, urllib.request.HTTPSHandler(context=context))
 
     def _is_away(self, why: str) -> None:
         if not self._away:

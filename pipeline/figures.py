@@ -26,7 +26,7 @@ from typing import Any, Self
 import torch
 
 from pipeline.distributions import MAX_LAYERS, distribution, layers
-from pipeline.exports import MAX_QUEUED, Exports, Record
+from pipeline.exports import MAX_QUEUED, Exports, Record, Trust
 
 log = logging.getLogger(__name__)
 
@@ -56,17 +56,18 @@ class TrainingFigures:
         layers_every_s: float = 30.0,
         most_layers: int = MAX_LAYERS,
         most_queued: int = MAX_QUEUED,
+        trust: Trust | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`every_s`: steps that take less are told together. `layers_every_s`: how often parameters are
-        looked at, less often where that would take more than SHARE of the time. Raises ValueError for an
-        empty run."""
+        looked at, less often where that would take more than SHARE of the time. `trust`: for an endpoint that
+        is https. Raises ValueError for an empty run."""
         if not run:
             raise ValueError("run: is required")
         self._model, self._most_layers, self._clock = model, most_layers, clock
         self._every_s, self._layers_every_s = every_s, layers_every_s
         self._labels = {"run": run}
-        self._exports = Exports(endpoint, f"{TRAINING}.dropped", self._labels, most_queued)
+        self._exports = Exports(endpoint, f"{TRAINING}.dropped", self._labels, most_queued, trust)
         self._losses: list[Number] = []
         self._norms: list[Number] = []
         self._items = 0.0

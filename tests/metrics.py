@@ -12,6 +12,7 @@ from typing import Any
 from deploy.local import layout as at
 from deploy.local.layout import Layout
 from services.core.errors import BackendUnavailable
+from services.core.tls import Identity
 from services.metrics.app import MetricsSettings
 from services.metrics.app import running as service_running
 from services.metrics.intake import Intake
@@ -63,17 +64,25 @@ class Memory:
 
 @dataclass
 class Service:
-    """`address` takes gRPC, `http` is a URL."""
+    """`address` takes gRPC, `http` is a URL; so are the plain ones, if it has any beside them."""
 
     address: str
     http: str
     store: Memory
     intake: Intake
+    identity: Identity | None = None
+    plain: str = ""
+    plain_http: str = ""
 
 
 @asynccontextmanager
 async def running(
-    folder: Path, listen: str = "", store: Memory | None = None, **settings: Any
+    folder: Path,
+    listen: str = "",
+    store: Memory | None = None,
+    identity: Identity | None = None,
+    plain: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[Service]:
     layout = Layout(folder, free_offset())
     store = store or Memory()
@@ -83,8 +92,16 @@ async def running(
         metrics_folder=folder,
         metrics_every_s=0.2,
         grace_s=0.5,
+        mtls_certificate=identity and identity.certificate,
+        mtls_key=identity and identity.key,
+        mtls_ca=identity and identity.ca,
+        # Ports of parts that are not there.
+        metrics_plain_listen=layout.address(at.INFERENCE) if plain else None,
+        metrics_plain_http_listen=layout.address(at.INFERENCE_HTTP) if plain else None,
         **settings,
     )
     async with service_running(cfg, store) as intake:
         intake.writer._window_s = 0.02  # tests are in a hurry
-        yield Service(cfg.metrics_listen, f"http://{cfg.metrics_http_listen}", store, intake)
+        http, plain_http = f"http://{cfg.metrics_http_listen}", f"http://{cfg.metrics_plain_http_listen}"
+        in_clear = cfg.metrics_plain_listen or ""
+        yield Service(cfg.metrics_listen, http, store, intake, identity, in_clear, plain_http)

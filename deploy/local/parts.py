@@ -136,8 +136,7 @@ def metrics(layout: Layout, options: Options) -> Part:
         },
         {at.METRICS_HTTP: "metrics HTTP"},
     )
-    # Whoever measures sends in the clear, and to loopback, whatever the parts have between them.
-    return replace(made, ready=grpc_ready(layout.address(at.METRICS)), asks=("registry",))
+    return replace(made, asks=("registry",))
 
 
 def _numbers(options: Options) -> range:

@@ -106,8 +106,7 @@ class Suite:
             fail("--address reaches the public port only; run this command on the suite's own machine")
         folder = self.state / "tls"
         own = (folder / "cli.pem", folder / "cli-key.pem")
-        secured = self._written("tls") and port != METRICS_PORT  # where everybody sends in the clear
-        return connected(self.local(port), *((folder / "ca.pem", own) if secured else ()))
+        return connected(self.local(port), *((folder / "ca.pem", own) if self._written("tls") else ()))
 
 
 def fail(message: str) -> NoReturn:

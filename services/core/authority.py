@@ -42,6 +42,8 @@ class Authority:
                 _builder(subject, subject, key.public_key(), CA_DAYS)
                 .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
                 .add_extension(_usage(signs=True), critical=True)
+                # A CA and its successor have the same name: this tells which of them a certificate is from.
+                .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             )
             write_secret(authority._key, _pem(key))
             write_whole(authority.certificate, _pem(made.sign(key, hashes.SHA256())))
@@ -65,6 +67,7 @@ class Authority:
         names: list[x509.GeneralName] = [_host(host) for host in hosts]
         names += [x509.UniformResourceIdentifier(uri)] if uri else []
         usages = ([_SERVER] if hosts else []) + ([_CLIENT] if uri or common_name else [])
+        by = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
         made = (
             _builder(
                 _named(common_name) if common_name else x509.Name([]), issuer.subject, key.public_key(), days
@@ -72,6 +75,7 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+            .add_extension(by, critical=False)
         )
         if names:
             made = made.add_extension(x509.SubjectAlternativeName(names), critical=not common_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Self, TypeVar
 
@@ -32,6 +33,24 @@ def _addresses(value: str) -> str:
 Address = Annotated[str, AfterValidator(_address)]
 Addresses = Annotated[str, AfterValidator(_addresses)]
 """One or several addresses of the same thing, separated by commas."""
+
+
+def is_loopback(address: str) -> bool:
+    """Of "host:port": whether only this machine reaches it."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _loopback(value: str) -> str:
+    if not is_loopback(value):
+        raise ValueError(f'"{value}" is not on loopback, and whoever reached it could write there')
+    return value
+
+
+Loopback = Annotated[Address, AfterValidator(_loopback)]
 
 
 def _labels(value: object) -> object:
@@ -99,6 +118,11 @@ class Settings(BaseSettings):
         if self.mtls_certificate is None or self.mtls_key is None or self.mtls_ca is None:
             return None
         return Identity(self.mtls_certificate, self.mtls_key, self.mtls_ca)
+
+    @property
+    def collector(self) -> tuple[str, Identity | None]:
+        """Who gets figures, and who this part is there: an outside collector knows no parts."""
+        return (self.otlp_endpoint, None) if self.otlp_endpoint else (self.metrics, self.identity)
 
     audit_log: Path | None = None
     """File for lines about administrative acts (audit.py); unset: none are written."""

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from opentelemetry import metrics, trace
 from opentelemetry.propagate import inject
 
+from services.core.tls import Identity
+
 
 @contextmanager
 def tracing(service: str, otlp_endpoint: str) -> Iterator[trace.Tracer]:
@@ -34,19 +36,25 @@ def tracing(service: str, otlp_endpoint: str) -> Iterator[trace.Tracer]:
 
 @contextmanager
 def metering(
-    service: str, otlp_endpoint: str, instance: str = "", every_s: float = 5.0
+    service: str,
+    otlp_endpoint: str,
+    identity: Identity | None = None,
+    instance: str = "",
+    every_s: float = 5.0,
 ) -> Iterator[metrics.Meter]:
     """A meter that exports by OTLP/gRPC to `otlp_endpoint` ("host:port"), or, if that is empty, one that
-    measures nothing. `instance` tells processes of a service apart."""
+    measures nothing. `identity`: who this part is there. `instance` tells processes of a service apart.
+    Raises OSError if the identity cannot be read."""
     if not otlp_endpoint:
         yield metrics.NoOpMeterProvider().get_meter(service)
         return
-    from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
     from opentelemetry.sdk.resources import Resource
 
-    exporter = OTLPMetricExporter(endpoint=otlp_endpoint, insecure=True, timeout=2)
+    from services.core import exporter as exporters
+
+    exporter = exporters.to(otlp_endpoint, identity)
     reader = PeriodicExportingMetricReader(exporter, export_interval_millis=every_s * 1000)
     resource = Resource.create({"service.name": service, "service.instance.id": instance})
     provider = MeterProvider([reader], resource)

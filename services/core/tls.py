@@ -47,7 +47,7 @@ def channel(address: str, options: Options, identity: Identity | None = None) ->
         return grpc.aio.insecure_channel(address, options=options)
 
     def made() -> grpc.aio.Channel:
-        renew(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), identity)  # gRPC would take a wrong key without a word
+        client_context(identity)  # gRPC would take a wrong key without a word
         certificate, key, ca = identity.read()
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         return grpc.aio.secure_channel(address, credentials, options=options)
@@ -64,18 +64,35 @@ def listen(server: grpc.aio.Server, address: str, identity: Identity | None = No
 
 
 def server_context(identity: Identity) -> ssl.SSLContext:
-    """The same for servers of HTTP/1.1; `renew` it from time to time."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    """The same for servers of HTTP/1.1; `renew` it when the files have changed. Raises OSError, ssl.SSLError
+    among them."""
+    context = _context(ssl.PROTOCOL_TLS_SERVER, identity)
     context.verify_mode = ssl.CERT_REQUIRED
-    renew(context, identity)
     return context
 
 
+def client_context(identity: Identity) -> ssl.SSLContext:
+    """For clients of HTTP/1.1. Raises OSError, ssl.SSLError among them."""
+    return _context(ssl.PROTOCOL_TLS_CLIENT, identity)
+
+
 def renew(context: ssl.SSLContext, identity: Identity) -> None:
-    """Handshakes from now on use what is in the files now. Raises OSError, ssl.SSLError among them."""
+    """Handshakes of a server from now on go by what is in the files now. Raises as server_context does."""
+    now = server_context(identity)
+
+    def replace(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, former: ssl.SSLContext) -> None:
+        connection.context = now
+
+    # Not loaded into the context that there is: it would go on trusting the former CA.
+    context.sni_callback = replace
+
+
+def _context(protocol: int, identity: Identity) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(identity.certificate, identity.key)
     context.load_verify_locations(identity.ca)
+    return context
 
 
 def _server_credentials(identity: Identity) -> grpc.ServerCredentials:

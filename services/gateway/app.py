@@ -8,7 +8,6 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
 
@@ -30,7 +29,7 @@ from services.core.interceptors import server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.registration import Registration
 from services.core.registry import Registry
-from services.core.settings import Address, Addresses, Labels, Origins, Settings
+from services.core.settings import Address, Addresses, Labels, Origins, Settings, is_loopback
 from services.core.tasks import background
 from services.core.telemetry import metering, tracing
 from services.gateway.accounts import Accounts
@@ -99,7 +98,7 @@ class GatewaySettings(Settings):
             raise ValueError("LINGQU_TLS_CERTIFICATE and LINGQU_TLS_KEY go together")
         if self.tls_client_ca is not None and self.tls_key is None:
             raise ValueError("LINGQU_TLS_CLIENT_CA needs LINGQU_TLS_CERTIFICATE")
-        if self.tls_key is not None and self.identity is None and not _is_loopback(self.gateway_listen):
+        if self.tls_key is not None and self.identity is None and not is_loopback(self.gateway_listen):
             raise ValueError(
                 "Envoys get LINGQU_TLS_KEY from the control plane, and whoever reaches it could: let "
                 "LINGQU_GATEWAY_LISTEN be on loopback, or set LINGQU_MTLS_CERTIFICATE, _KEY and _CA"
@@ -144,8 +143,7 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
         def current_entry() -> Entry:
             return replace(entry, jwks=issuers.jwks, issuers=issuers.others, secrets=secrets.current)
 
-        collector = cfg.otlp_endpoint or cfg.metrics
-        meter = stack.enter_context(metering("lingqu-gateway-control", collector, address))
+        meter = stack.enter_context(metering("lingqu-gateway-control", *cfg.collector, address))
         certificates.tell_days_left(meter, cfg.secret_files.used())
         figures = Figures(meter)
         limiter = cfg.limiter_address or address
@@ -186,11 +184,6 @@ async def running(cfg: GatewaySettings) -> AsyncIterator[None]:
         stack.push_async_callback(registration.withdraw)
         await stack.enter_async_context(background(registration.run()))
         yield
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    return host == "localhost" or (is_address(address) and ip_address(host).is_loopback)
 
 
 def _resolved(address: str) -> str:

@@ -15,7 +15,7 @@ from services.core import certificates
 from services.core.authority import TRUST_DOMAIN
 from services.core.certificates import Used
 from services.core.tls import Identity
-from services.gateway.clusters import ADS, ANY_REST, METRICS, SHADOW, TRACES
+from services.gateway.clusters import ADS, ANY_REST, SHADOW, TRACES
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def downstream(*, clients: bool) -> dict[str, Any]:
 def secured(cluster: dict[str, Any]) -> dict[str, Any]:
     """A cluster with mutual TLS, unless it is none of parts."""
     name = cluster["name"]
-    if name in (TRACES, METRICS):
+    if name == TRACES:
         return cluster
     rest = name.removeprefix(f"{SHADOW}/").split("/")[0] == ANY_REST
     alpn = "http/1.1" if rest else "h2"

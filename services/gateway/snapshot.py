@@ -176,7 +176,8 @@ class Builder:
         if entry.traces:
             made.append(clusters.fixed(clusters.TRACES, entry.traces))
         if entry.metrics:
-            made.append(clusters.metrics(entry.metrics))
+            told = clusters.metrics(entry.metrics)
+            made.append(secured(told) if entry.secrets.own else told)
         refused: dict[str, str] = {}
 
         def named(kind: str, bodies: Iterable[dict[str, Any]]) -> dict[str, Resource]:

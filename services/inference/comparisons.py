@@ -19,10 +19,12 @@ import numpy.typing as npt
 
 from lingqu.metrics.v1 import answers_pb2 as pb
 from lingqu.metrics.v1.answers_pb2_grpc import AnswerServiceStub
+from services.core import tls
 from services.core.backoff import Backoff
 from services.core.discovery import VersionKey
 from services.core.lifecycle import CHANNEL_OPTIONS
 from services.core.tasks import background
+from services.core.tls import Identity
 from services.inference.callers import Caller
 from services.inference.classifier import Classes
 from services.inference.figures import Outcome, Request
@@ -60,8 +62,8 @@ class Splits(Protocol):
 class Comparisons:
     """`address` is the metrics service's, empty: nobody is told. `dropped`: answers that were left out."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, address: str, identity: Identity | None = None) -> None:
+        self._address, self._identity = address, identity
         self._waiting: deque[_Answer] = deque()
         self._some = asyncio.Event()
         self.dropped = 0
@@ -84,8 +86,7 @@ class Comparisons:
 
     async def _run(self) -> None:
         backoff, failing = Backoff(EVERY_S, 5.0), False
-        # Others who send there do so in the clear, too: it is beside them, or a mesh's.
-        async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
+        async with tls.channel(self._address, CHANNEL_OPTIONS, self._identity) as channel:
             stub = AnswerServiceStub(channel)
             while True:
                 await self._some.wait()

@@ -13,8 +13,6 @@ from urllib.parse import urlsplit
 import grpc
 from envoy.service.accesslog.v3 import als_pb2_grpc
 from opentelemetry import trace
-from opentelemetry.proto.collector.logs.v1 import logs_service_pb2_grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from pydantic import AfterValidator, Field, SecretStr, field_validator
 
 from lingqu.metrics.keda.externalscaler_pb2_grpc import add_ExternalScalerServicer_to_server
@@ -24,13 +22,12 @@ from services.core.audit import audited
 from services.core.errors import LingquError
 from services.core.identity import Callers
 from services.core.interceptors import server_stack
-from services.core.lifecycle import SERVER_OPTIONS, serving
+from services.core.lifecycle import serving
 from services.core.registry import Registry
-from services.core.settings import Address, Addresses, Settings
+from services.core.settings import Address, Addresses, Loopback, Settings
 from services.core.tasks import background
-from services.inference.rest.connection import Patience
 from services.inference.rest.server import serving_http
-from services.metrics import priority, receivers, scaler
+from services.metrics import otlp_ports, priority, receivers, scaler
 from services.metrics.alerts.archive import Archive
 from services.metrics.alerts.book import Book
 from services.metrics.alerts.engine import Engine
@@ -41,6 +38,7 @@ from services.metrics.cardinality import Cardinality
 from services.metrics.host import Gpus, Host
 from services.metrics.http import otlp_app
 from services.metrics.intake import Intake
+from services.metrics.otlp_ports import add_otlp, serving_plain
 from services.metrics.points import Point
 from services.metrics.readings import Refusal
 from services.metrics.sampling import Certificates, measure
@@ -57,16 +55,11 @@ log = logging.getLogger(__name__)
 SERVICES = (
     "lingqu.metrics.v1.MetricsService",
     "lingqu.metrics.v1.AnswerService",
-    receivers.METRICS,
     scaler.SERVICE,
-    "opentelemetry.proto.collector.trace.v1.TraceService",
-    "opentelemetry.proto.collector.logs.v1.LogsService",
+    *otlp_ports.SERVICES,
     "envoy.service.accesslog.v3.AccessLogService",
 )
-MAX_EXPORT_BYTES = 16 << 20
 RETAIN_EVERY_S = 3600.0
-# Exports in progress are few (http.py): who takes long over one keeps others out.
-PATIENCE = Patience(body=20.0)
 
 
 def _store_url(value: str) -> str:
@@ -86,6 +79,11 @@ def _webhook(value: str) -> str:
 class MetricsSettings(Settings):
     metrics_listen: Address = "127.0.0.1:4317"
     metrics_http_listen: Address = "127.0.0.1:4318"
+    metrics_plain_listen: Loopback | None = None
+    """Where OTLP/gRPC is taken in the clear, from senders of this machine that have no certificate; unset:
+    nowhere but at metrics_listen, if connections between parts are plain."""
+    metrics_plain_http_listen: Loopback | None = None
+    """The same for OTLP/HTTP."""
     metrics_store: Annotated[str, AfterValidator(_store_url)] = ""
     """URL of an InfluxDB; empty: a file of DuckDB in metrics_folder."""
     metrics_folder: Path = Path(".lingqu/metrics")
@@ -180,10 +178,9 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         stack.callback(alerts.close)
         # Its own spans would come back to it.
         tracer = trace.NoOpTracerProvider().get_tracer("lingqu-metrics")
-        options = dict(SERVER_OPTIONS) | {"grpc.max_receive_message_length": MAX_EXPORT_BYTES}
         server = grpc.aio.server(
             interceptors=server_stack(tracer, cfg.max_in_flight, *audited(cfg.audit_log, callers.of)),
-            options=list(options.items()),
+            options=otlp_ports.OPTIONS,
         )
         judge = None
         if cfg.registry:
@@ -194,14 +191,24 @@ async def running(cfg: MetricsSettings, store: Store | None = None) -> AsyncIter
         stack.callback(service.close)
         add_MetricsServiceServicer_to_server(service, server)
         add_AnswerServiceServicer_to_server(Answers(judge), server)
-        receivers.add_metrics(receivers.Metrics(intake), server)
         add_ExternalScalerServicer_to_server(scaler.Scaler(kept, service.ask), server)
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receivers.Traces(intake), server)
-        logs_service_pb2_grpc.add_LogsServiceServicer_to_server(receivers.Logs(intake), server)
+        add_otlp(intake, server)
         als_pb2_grpc.add_AccessLogServiceServicer_to_server(receivers.AccessLog(intake), server)
-        await stack.enter_async_context(serving(server, cfg.metrics_listen, SERVICES, cfg.grace_s))
         await stack.enter_async_context(
-            serving_http(otlp_app(intake), cfg.metrics_http_listen, cfg.grace_s, patience=PATIENCE)
+            serving(server, cfg.metrics_listen, SERVICES, cfg.grace_s, cfg.identity)
+        )
+        http = otlp_app(intake)
+        await stack.enter_async_context(
+            serving_http(http, cfg.metrics_http_listen, cfg.grace_s, cfg.identity, otlp_ports.PATIENCE)
+        )
+        await stack.enter_async_context(
+            serving_plain(
+                intake,
+                cfg.metrics_plain_listen or "",
+                cfg.metrics_plain_http_listen or "",
+                cfg.grace_s,
+                cfg.max_in_flight,
+            )
         )
         tritons = (cfg.metrics_tritons or "").split(",") if cfg.metrics_tritons else ()
         certificates = Certificates(cfg.identity, cfg.metrics_listen) if cfg.identity else None

@@ -67,9 +67,7 @@ class RegistrySettings(Settings):
 async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(tracing("lingqu-registry", cfg.otlp_endpoint))
-        meter = stack.enter_context(
-            metering("lingqu-registry", cfg.otlp_endpoint or cfg.metrics, cfg.registry_listen)
-        )
+        meter = stack.enter_context(metering("lingqu-registry", *cfg.collector, cfg.registry_listen))
         certificates.tell_days_left(meter, certificates.of(cfg.identity))
         etcd = Etcd(cfg.etcd, cfg.identity)
         stack.push_async_callback(etcd.close)

@@ -22,7 +22,9 @@ from bench.suite import Suite
 from deploy.local import layout as at
 from lingqu.metrics.v1 import metrics_pb2
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
+from services.core import tls
 from services.core.authority import Authority
+from services.core.tls import Identity
 from tests.conftest import free_offset, show_logs
 from tests.waiting import until
 
@@ -35,6 +37,12 @@ async def secured() -> AsyncIterator[Suite]:
             yield running
         finally:
             show_logs(running.layout)
+
+
+def cli(suite: Suite) -> Identity:
+    found = suite.layout.identity("cli")
+    assert found is not None
+    return found
 
 
 def ca(suite: Suite) -> Path:
@@ -82,7 +90,7 @@ async def test_days_left_of_every_certificate_are_told(secured: Suite) -> None:
         for service in ("gateway-control", "inference", "metrics", "registry")
     }
     edge = {("public", "lingqu-gateway-control"), ("clients-ca", "lingqu-gateway-control")}
-    async with grpc.aio.insecure_channel(secured.layout.address(at.METRICS)) as channel:
+    async with tls.channel(secured.layout.address(at.METRICS), [], cli(secured)) as channel:
         stub = MetricsServiceStub(channel)
 
         async def told() -> bool:
@@ -94,6 +102,22 @@ async def test_days_left_of_every_certificate_are_told(secured: Suite) -> None:
             return days.keys() == between | edge and min(days.values()) > 89
 
         await until(told, "each part has told of its own")
+
+
+async def test_requests_are_told(secured: Suite) -> None:
+    request = metrics_pb2.QueryRequest(
+        measurement="requests", aggregate=metrics_pb2.AGGREGATE_SUM, group_by=["model"]
+    )
+    async with lingqu.Client(secured.public, secured.key, ca=ca(secured)) as client:
+        await client.embed("minilm-l6-v2", ["a canal"])
+    async with tls.channel(secured.layout.address(at.METRICS), [], cli(secured)) as channel:
+        stub = MetricsServiceStub(channel)
+
+        async def told() -> bool:
+            answer = await stub.Query(request, timeout=10)
+            return any(series.labels["model"] == "minilm-l6-v2" for series in answer.series)
+
+        await until(told, "Envoy has told of it")
 
 
 async def test_envoy_finds_the_replicas_healthy(secured: Suite) -> None:
@@ -136,7 +160,11 @@ async def test_a_certificate_is_as_good_as_a_key(secured: Suite) -> None:
 
 
 @pytest.mark.parametrize(
-    "port", [at.PUBLIC, at.GATEWAY, at.REGISTRY, at.INFERENCE, at.INFERENCE_HTTP, at.TRITON_GRPC, at.ETCD]
+    "port",
+    [
+        *(at.PUBLIC, at.GATEWAY, at.REGISTRY, at.INFERENCE, at.INFERENCE_HTTP),
+        *(at.TRITON_GRPC, at.ETCD, at.METRICS, at.METRICS_HTTP),
+    ],
 )
 async def test_no_port_answers_who_has_no_certificate(secured: Suite, port: int) -> None:
     """The public port answers clients who trust it; the parts answer each other only."""

@@ -352,7 +352,7 @@ async def test_a_certificate_that_ends_soon_is_told_until_it_is_renewed(tmp_path
     async with suite(tmp_path) as made:
         address = Layout(tmp_path, made.offset).address(at.METRICS)
         authority.issue(path, "", ["127.0.0.1"], days=2)
-        with metering("gate", address, "here", every_s=0.1) as meter:
+        with metering("gate", address, instance="here", every_s=0.1) as meter:
             certificates.tell_days_left(meter, [certificates.Used("public", path)])
 
             async def fire(*expected: str) -> bool:

@@ -34,9 +34,10 @@ from services.gateway.listener import Entry
 from services.gateway.secrets import LOOK_S, SecretFiles, WatchedSecrets, secret_files
 from services.gateway.snapshot import snapshot
 from services.inference.rest.server import serving_http
-from tests import gateways
+from tests import gateways, metrics
 from tests.conftest import free_offset
 from tests.gateways import TEXT, Backend
+from tests.metrics import Service
 from tests.waiting import until
 
 HOSTS = ("127.0.0.1", "localhost")
@@ -56,6 +57,7 @@ class Suite:
     entry: Entry
     snapshots: Snapshots
     key: str
+    metrics: Service
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -115,14 +117,15 @@ async def suite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite
         (folder / "sds" / name).write_text(json.dumps(body))
     address = f"127.0.0.1:{port}"
     boot = bootstrap("test", address, layout.address(ENVOY_ADMIN), secrets=folder / "sds")
-    entry = Entry(layout.address(PUBLIC), address, keys.jwks())
     async with (
         gateways.serving(backend, identity(parts, folder, "inference")) as upstream,
+        metrics.running(folder / "metrics", identity=identity(parts, folder, "metrics")) as collector,
         gateways.envoy_running(layout, boot),
     ):
+        entry = Entry(layout.address(PUBLIC), address, keys.jwks(), metrics=collector.address)
         suite = Suite(
             folder, entry.listen, upstream, parts, clients, SecretFiles(public, clients.certificate, own),
-            backend, entry, snapshots, keys.mint("tester").key,
+            backend, entry, snapshots, keys.mint("tester").key, collector,
         )  # fmt: skip
         await suite.publish()
         await until(suite.serves, f"Envoy serves: {folder}/envoy.log")
@@ -170,6 +173,21 @@ async def test_a_client_may_be_known_by_its_certificate(
         await stub.Generate(request, metadata=(("x-lingqu-client", "boss"),))
         await stub.Generate(request, metadata=suite.metadata)  # with a key, it is the key's
     assert [headers["x-lingqu-client"] for _, headers in suite.backend.asked] == [expected, "tester"]
+
+
+async def test_envoy_tells_of_requests_as_a_part(suite: Suite) -> None:
+    """Also after its certificate, or that of the metrics service, was renewed."""
+
+    async def asked() -> None:
+        before = len(suite.metrics.store.values("requests", model=TEXT))
+        assert await suite.serves()
+        await until(lambda: len(suite.metrics.store.values("requests", model=TEXT)) > before, "it was told")
+
+    await asked()
+    for part in ("gateway", "metrics"):
+        identity(suite.parts, suite.folder, part)
+    await suite.publish()
+    await asked()
 
 
 async def test_certificates_that_say_nothing_of_a_client_do_not_count(suite: Suite) -> None:

@@ -1,0 +1,70 @@
+"""How figures get to a collector by OTLP/gRPC: to an outside one in the clear, to the metrics service as one
+part to another.
+
+OpenTelemetry's exporter reads its certificate once. So there is an exporter behind the exporter: another one
+when the files say something else."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import grpc
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData
+
+from services.core import tls
+from services.core.tls import Identity
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 2
+
+
+def to(address: str, identity: Identity | None = None) -> MetricExporter:
+    """`address` is "host:port"; with an identity its certificate has to name the host. Raises OSError if the
+    identity cannot be read."""
+    if identity is None:
+        return OTLPMetricExporter(endpoint=address, insecure=True, timeout=TIMEOUT_S)
+    return _Renewed(address, identity)
+
+
+class _Renewed(MetricExporter):
+    """For one thread."""
+
+    def __init__(self, address: str, identity: Identity) -> None:
+        super().__init__()
+        self._address, self._identity = address, identity
+        self._seen = identity.written
+        self._now = self._made()
+
+    def export(
+        self, metrics_data: MetricsData, timeout_millis: float = 10_000, **given: Any
+    ) -> MetricExportResult:
+        self._renew()
+        return self._now.export(metrics_data, timeout_millis, **given)
+
+    def force_flush(self, timeout_millis: float = 10_000) -> bool:
+        return self._now.force_flush(timeout_millis)
+
+    def shutdown(self, timeout_millis: float = 30_000, **given: Any) -> None:
+        self._now.shutdown(timeout_millis, **given)
+
+    def _renew(self) -> None:
+        try:
+            if (written := self._identity.written) == self._seen:
+                return
+            made = self._made()
+        except (OSError, ValueError) as err:
+            log.warning("the certificate in use stays, the new one cannot be read: %s", err)
+            return
+        self._now.shutdown()
+        self._now, self._seen = made, written
+
+    def _made(self) -> OTLPMetricExporter:
+        tls.client_context(self._identity)  # gRPC would take a wrong key without a word
+        certificate, key, ca = self._identity.read()
+        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+        return OTLPMetricExporter(
+            endpoint=self._address, insecure=False, credentials=credentials, timeout=TIMEOUT_S
+        )
