@@ -25,6 +25,10 @@ settings.register_profile("lingqu", deadline=None, suppress_health_check=[Health
 settings.load_profile("lingqu")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--renew-goldens", action="store_true", help="golden snapshots are what they are now")
+
+
 # The longest first, so that no worker begins one of them when the others have come to the end.
 FOLDERS = ("chaos", "e2e", "integration", "contract", "unit")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -19,26 +20,27 @@ def as_dict(made: Snapshot, kind: str) -> dict[str, Any]:
 
 def static(made: Snapshot) -> dict[str, Any]:
     """Envoy's bootstrap with all of the snapshot in it."""
-    listener = as_dict(made, xds.LISTENER)["public"]
+    return static_of({kind: as_dict(made, kind) for kind in xds.MESSAGES})
+
+
+def static_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of resources by type URL and name, which are changed."""
+    listener = found[xds.LISTENER]["public"]
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     del manager["rds"]
-    manager["route_config"] = as_dict(made, xds.ROUTES)["public"]
-    extensions = as_dict(made, xds.EXTENSIONS)
-    for found in manager["http_filters"]:
-        if found.pop("config_discovery", None):
-            found["typed_config"] = extensions[found["name"]]["typed_config"]
+    manager["route_config"] = found[xds.ROUTES]["public"]
+    extensions = found[xds.EXTENSIONS]
+    for each in manager["http_filters"]:
+        if each.pop("config_discovery", None):
+            each["typed_config"] = extensions[each["name"]]["typed_config"]
     clusters = []
-    for cluster in as_dict(made, xds.CLUSTER).values():
+    for cluster in found[xds.CLUSTER].values():
         if cluster["type"] == "EDS":
             del cluster["eds_cluster_config"]
-            cluster |= {"type": "STATIC", "load_assignment": as_dict(made, xds.ENDPOINTS)[cluster["name"]]}
+            cluster |= {"type": "STATIC", "load_assignment": found[xds.ENDPOINTS][cluster["name"]]}
         clusters.append(cluster)
-    found = {
-        "listeners": [listener],
-        "clusters": clusters,
-        "secrets": list(as_dict(made, xds.SECRETS).values()),
-    }
-    return {"static_resources": _named_secrets(found)}
+    resources = {"listeners": [listener], "clusters": clusters, "secrets": list(found[xds.SECRETS].values())}
+    return {"static_resources": _named_secrets(resources)}
 
 
 def _named_secrets(value: Any) -> Any:
