@@ -25,10 +25,11 @@ from lingqu.inference.v1.inference_pb2_grpc import (
     InferenceServiceStub,
     add_InferenceServiceServicer_to_server,
 )
-from services.core import tls
+from services.core import http2
 from services.core.access import Access
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
 from services.core.interceptors import server_stack
+from services.core.lifecycle import MAX_MESSAGE_BYTES
 from services.core.tls import Identity
 from services.gateway.bootstrap import bootstrap
 from services.gateway.keys import KeyRing
@@ -164,10 +165,10 @@ async def running(
 async def serving(backend: Backend, identity: Identity | None = None) -> AsyncIterator[str]:
     """The address of a server of both services."""
     layers = server_stack(NoOpTracerProvider().get_tracer("test"), 4096)
-    server = grpc.aio.server(interceptors=layers, options=[("grpc.max_receive_message_length", -1)])
+    server = http2.Server(layers, max_message=MAX_MESSAGE_BYTES)
     add_InferenceServiceServicer_to_server(backend, server)
     oip_grpc.add_GRPCInferenceServiceServicer_to_server(backend, server)
-    port = tls.listen(server, "127.0.0.1:0", identity)
+    port = server.listen("127.0.0.1:0", identity)
     await server.start()
     try:
         yield f"127.0.0.1:{port}"

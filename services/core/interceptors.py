@@ -9,6 +9,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from inspect import isawaitable
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -78,6 +79,9 @@ class Layer(grpc.aio.ServerInterceptor):
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             async with self.handled(method, request, context), AsyncExitStack() as stack:
                 responses = inner(_decoded(decode, request), context)
+                if isawaitable(responses):  # it writes its answers itself
+                    await responses
+                    return
                 await stack.enter_async_context(aclosing(responses))
                 async for response in responses:
                     yield response

@@ -15,7 +15,7 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.core import tls
+from services.core import http2, tls
 from services.core.tls import Identity
 
 # A message may be as large as Triton's own limit allows; what is too large for a field is refused by name.
@@ -88,7 +88,10 @@ async def serving(
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
-        tls.listen(server, listen, identity)
+        if isinstance(server, http2.Server):
+            server.listen(listen, identity)
+        else:
+            tls.listen(server, listen, identity)
     except RuntimeError as err:
         raise OSError(f"cannot listen on {listen}: {err}") from err
     await server.start()

@@ -6,6 +6,7 @@ clients when a call begins (renewal.py). Connections that are there go on."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ import grpc
 from services.core.renewal import RenewedChannel
 
 log = logging.getLogger(__name__)
+
+# How often files of certificates are looked at.
+RENEW_S = 1.0
 
 Options = Sequence[tuple[str, Any]]
 
@@ -93,6 +97,21 @@ def _context(protocol: int, identity: Identity) -> ssl.SSLContext:
     context.load_cert_chain(identity.certificate, identity.key)
     context.load_verify_locations(identity.ca)
     return context
+
+
+async def renewing(context: ssl.SSLContext | None, identity: Identity | None) -> None:
+    """`renew` it whenever a file changes, for ever; nothing for those who have none."""
+    if context is None or identity is None:
+        return
+    seen = identity.written
+    while True:
+        await asyncio.sleep(RENEW_S)
+        try:
+            if (written := identity.written) != seen:
+                renew(context, identity)
+                seen = written
+        except OSError as err:
+            log.warning("the certificate in use stays, the new one cannot be read: %s", err)
 
 
 def _server_credentials(identity: Identity) -> grpc.ServerCredentials:

@@ -7,15 +7,14 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-import grpc
 from pydantic import Field
 
 from lingqu.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
-from services.core import certificates
+from services.core import certificates, http2
 from services.core.access import watched_access
 from services.core.discovery import Model, Replica, Version
 from services.core.interceptors import server_stack
-from services.core.lifecycle import SERVER_OPTIONS, serving
+from services.core.lifecycle import MAX_MESSAGE_BYTES, serving
 from services.core.limiters import addresses, watched_owners
 from services.core.registration import Registration
 from services.core.registry import Registry, Watched
@@ -155,7 +154,7 @@ async def running(cfg: InferenceSettings) -> AsyncIterator[None]:
         await stack.enter_async_context(usage.running())
         if cfg.metrics:
             await stack.enter_async_context(comparisons.running())
-        server = grpc.aio.server(interceptors=server_stack(tracer, cfg.max_in_flight), options=SERVER_OPTIONS)
+        server = http2.Server(server_stack(tracer, cfg.max_in_flight), max_message=MAX_MESSAGE_BYTES)
         routing = Routing(lambda: models.items if models.synced.is_set() else None, agent.served)
         generation = Generation(admission, Answers(cfg.answers_mib << 20), figures, routing.labels)
         add_InferenceServiceServicer_to_server(Inference(routing, generation, admission), server)

@@ -20,9 +20,9 @@ from lingqu.inference.v1.inference_pb2_grpc import (
     InferenceServiceStub,
     add_InferenceServiceServicer_to_server,
 )
+from services.core import http2
 from services.core.discovery import Model, VersionKey
 from services.core.interceptors import server_stack
-from services.core.lifecycle import SERVER_OPTIONS
 from services.core.settings import Settings
 from services.inference import figures as names
 from services.inference.admission import Admission
@@ -67,12 +67,10 @@ class Served:
 @asynccontextmanager
 async def served(slots: int = 4, queue: int = 100) -> AsyncIterator[Served]:
     it = Served(slots, queue)
-    server = grpc.aio.server(
-        interceptors=server_stack(NoOpTracer(), Settings().max_in_flight), options=SERVER_OPTIONS
-    )
+    server = http2.Server(server_stack(NoOpTracer(), Settings().max_in_flight))
     service = Inference(it.routing, it.generation, it.admission)
     add_InferenceServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.listen("127.0.0.1:0")
     await server.start()
     async with it.generation.serving(lambda: {it.model.key}):
         it.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")

@@ -22,7 +22,10 @@ from pydantic import ValidationError
 
 from deploy.local.layout import ENVOY_ADMIN, PUBLIC, Layout
 from lingqu.inference.v1 import inference_pb2 as pb
-from lingqu.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from lingqu.inference.v1.inference_pb2_grpc import (
+    InferenceServiceStub,
+    add_InferenceServiceServicer_to_server,
+)
 from services.core import renewal, tls
 from services.core.authority import Authority
 from services.core.tls import Identity
@@ -234,11 +237,23 @@ async def test_certificates_are_renewed_while_a_stream_goes_on(suite: Suite) -> 
         assert await call.code() == grpc.StatusCode.OK
 
 
-async def test_a_server_uses_what_its_files_say_now(tmp_path: Path) -> None:
+@asynccontextmanager
+async def grpcio(backend: Backend, own: Identity) -> AsyncIterator[str]:
+    """The server of the other services."""
+    server = grpc.aio.server()
+    add_InferenceServiceServicer_to_server(backend, server)
+    port = tls.listen(server, "127.0.0.1:0", own)
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+@pytest.mark.parametrize("serving", [gateways.serving, grpcio])
+async def test_a_server_uses_what_its_files_say_now(tmp_path: Path, serving: Any) -> None:
     parts = Authority.at(tmp_path)
     own, caller = identity(parts, tmp_path, "inference"), identity(parts, tmp_path, "gateway")
     backend = Backend()
-    async with gateways.serving(backend, own) as address:
+    async with serving(backend, own) as address:
 
         async def presented() -> int:
             context = ssl.create_default_context(cafile=str(parts.certificate))
@@ -254,7 +269,11 @@ async def test_a_server_uses_what_its_files_say_now(tmp_path: Path) -> None:
         own.certificate.write_bytes(b"half wri")
         assert await presented() == first
         identity(parts, tmp_path, "inference")
-        assert await presented() != first
+
+        async def renewed() -> bool:
+            return await presented() != first
+
+        await until(renewed, "new connections get the new certificate")
         async with tls.channel(address, [], caller) as channel:
             stub: Any = InferenceServiceStub(channel)
             assert (await stub.Generate(pb.GenerateRequest(model=TEXT, prompt="x"))).text == "x"

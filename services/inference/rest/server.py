@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
 
@@ -13,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from services.core import tls
+from services.core.sockets import bound
 from services.core.tls import Identity
 from services.inference.rest.connection import AS_AT_THE_GATEWAY, Patience, connections
 
@@ -20,8 +20,6 @@ log = logging.getLogger(__name__)
 
 # Longer than the gateway keeps an idle connection (clusters.py), so that it is not the server who ends one.
 IDLE_S = 75
-# How often files of certificates are looked at.
-RENEW_S = 1.0
 
 
 class _Server(uvicorn.Server):
@@ -42,7 +40,7 @@ async def serving_http(
     """Serve `app` on `listen` until the end of the block; what is in progress then may go on for `grace_s`.
     With an identity only other parts are answered. `patience` is what clients have to say their requests in.
     Yields the address. Raises OSError if it is taken."""
-    bound = _bound(listen)
+    sock = bound(listen)
     config = uvicorn.Config(
         app,
         http=connections(patience),
@@ -56,13 +54,14 @@ async def serving_http(
         timeout_graceful_shutdown=max(1, round(grace_s)),
         loop="none",
     )
-    if identity is not None:
+    context = None if identity is None else tls.server_context(identity)
+    if context is not None:
         config.load()
-        config.ssl = tls.server_context(identity)
+        config.ssl = context
     server = _Server(config)
-    running = asyncio.create_task(server.serve([bound]), name="rest")
-    renewing = asyncio.create_task(_renew(config, identity), name="rest-certificate")
-    host, port = bound.getsockname()[:2]
+    running = asyncio.create_task(server.serve([sock]), name="rest")
+    renewing = asyncio.create_task(tls.renewing(context, identity), name="certificate")
+    host, port = sock.getsockname()[:2]
     try:
         while not server.started:
             if running.done():
@@ -74,31 +73,3 @@ async def serving_http(
         renewing.cancel()
         server.should_exit = True
         await running
-
-
-async def _renew(config: uvicorn.Config, identity: Identity | None) -> None:
-    if identity is None or config.ssl is None:
-        return
-    seen = identity.written
-    while True:
-        await asyncio.sleep(RENEW_S)
-        try:
-            if (written := identity.written) != seen:
-                tls.renew(config.ssl, identity)
-                seen = written
-        except OSError as err:
-            log.warning("the certificate in use stays, the new one cannot be read: %s", err)
-
-
-def _bound(listen: str) -> socket.socket:
-    host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    # Not SO_REUSEPORT: a taken port is an error, not a shared one.
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, int(port)))
-    except OSError as err:
-        bound.close()
-        raise OSError(f"cannot listen on {listen}: {err}") from err
-    return bound
