@@ -74,6 +74,8 @@ class Connection(asyncio.Protocol):
         self._held: dict[int, int] = {}
         self._room: set[asyncio.Future[None]] = set()
         self._paused = False
+        self._unsent: list[bytes] = []
+        self._unsent_bytes = 0
         self._drained = False
         self._draining: asyncio.TimerHandle | None = None
         self.closed = asyncio.Event()
@@ -103,7 +105,8 @@ class Connection(asyncio.Protocol):
         if isinstance(host, tuple):
             self.name = f"ipv6:[{host[0]}]:{host[1]}" if ":" in host[0] else f"ipv4:{host[0]}:{host[1]}"
         self._terms.connections.add(self)
-        self._greeting = asyncio.get_running_loop().call_later(GREETING_S, transport.close)
+        self._loop = asyncio.get_running_loop()
+        self._greeting = self._loop.call_later(GREETING_S, self.close)
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(CONNECTION_WINDOW - 65_535)
         self._flush()
@@ -115,7 +118,7 @@ class Connection(asyncio.Protocol):
         except (h2.exceptions.ProtocolError, UnicodeDecodeError) as err:
             log.info("%s does not speak HTTP/2: %s", self.name, err)
             self._flush()
-            self._transport.close()
+            self.close()
             return
         self._flush()
         if self._paused and self._transport.get_write_buffer_size() > MAX_UNREAD:
@@ -168,7 +171,7 @@ class Connection(asyncio.Protocol):
             case h2.events.PingAckReceived():
                 self._on_drained()
             case h2.events.ConnectionTerminated():
-                self._transport.close()
+                self.close()
             case _:
                 pass
 
@@ -263,14 +266,29 @@ class Connection(asyncio.Protocol):
         size = len(data)
         self._h2.outbound_flow_control_window -= size
         self._h2.streams[stream].outbound_flow_control_window -= size
-        self._transport.write(size.to_bytes(3, "big") + b"\0\0" + stream.to_bytes(4, "big") + data)
+        self._write(size.to_bytes(3, "big") + b"\0\0" + stream.to_bytes(4, "big") + data)
 
     def _flush(self) -> None:
         if data := self._h2.data_to_send():
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        """With all else that is said in this turn of the loop, the messages of a step among it: uvloop would
+        ask the kernel for each."""
+        if not self._unsent:
+            self._loop.call_soon(self._write_out)
+        self._unsent.append(data)
+        self._unsent_bytes += len(data)
+        if self._unsent_bytes > MAX_FRAME:
+            self._write_out()
+
+    def _write_out(self) -> None:
+        data, self._unsent, self._unsent_bytes = b"".join(self._unsent), [], 0
+        if data and not self._transport.is_closing():
             self._transport.write(data)
 
     async def _room_made(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
+        waiter = self._loop.create_future()
         self._room.add(waiter)
         try:
             await waiter
@@ -294,7 +312,7 @@ class Connection(asyncio.Protocol):
         self._go_away(ALL_STREAMS)
         self._h2.ping(b"draining")  # what comes before the answer was begun in ignorance
         self._flush()
-        self._draining = asyncio.get_running_loop().call_later(DRAIN_S, self._on_drained)
+        self._draining = self._loop.call_later(DRAIN_S, self._on_drained)
 
     def _on_drained(self) -> None:
         if self._drained or self._transport.is_closing():
@@ -306,13 +324,14 @@ class Connection(asyncio.Protocol):
     def _go_away(self, last: int) -> None:
         """Not by h2, for which it would be the end of everything."""
         self._flush()
-        self._transport.write(GoAwayFrame(0, last_stream_id=last).serialize())
+        self._write(GoAwayFrame(0, last_stream_id=last).serialize())
 
     def _close_if_drained(self) -> None:
         if self._drained and not self._calls:
-            self._transport.close()
+            self.close()
 
     def close(self) -> None:
+        self._write_out()
         self._transport.close()
 
     def _forget(self, stream: int) -> None:
