@@ -23,7 +23,7 @@ from bench.suite import Suite
 from deploy.local import layout as at
 from lingqu.registry.v1 import access_pb2, access_pb2_grpc
 from services.core import tls
-from services.core.access import Access, Client, Limits
+from services.core.access import RATES, Access, Client, Limits
 from services.core.discovery import READY, Hosted, Model, Replica, Version, VersionKey
 from services.core.lifecycle import CHANNEL_OPTIONS
 from services.gateway.listener import TOLD_PERCENT, Entry
@@ -81,7 +81,7 @@ async def _admit(suite: Suite) -> None:
 
 def _clients() -> tuple[Client, ...]:
     """Limits that are never reached."""
-    limits = Limits(MANY, 60 * MANY, 1000, local=True)
+    limits = Limits(MANY, 60 * MANY, 1000, local=RATES)
     names = ("dev", *(f"c{n}" for n in range(CLIENTS - 1)))
     return tuple(Client(name, ("echo", "mock", "other-*"), limits) for name in names)
 

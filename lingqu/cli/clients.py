@@ -148,7 +148,11 @@ def call(suite: Suite, method: Callable[[Any], Any], request: Any) -> Any:
 
 def described(limits: access_pb2.Limits) -> str:
     """As text; empty without limits."""
-    found = ((getattr(limits, field), unit) for field, unit in LIMITS.items())
-    text = ", ".join(f"{value:,} {unit}" for value, unit in found if value)
-    rates = limits.requests_per_second or limits.requests_per_minute
-    return f"{text} (each gateway)" if rates and limits.scope == limits.SCOPE_LOCAL else text
+    found = ((getattr(limits, field), unit, _scope(limits, field)) for field, unit in LIMITS.items())
+    return ", ".join(f"{value:,} {unit}{scope}" for value, unit, scope in found if value)
+
+
+def _scope(limits: access_pb2.Limits, field: str) -> str:
+    own = getattr(limits, f"{field}_scope", None)  # other fields have no choice
+    is_local = own is not None and (own or limits.scope) == limits.SCOPE_LOCAL
+    return " (each gateway)" if is_local else ""

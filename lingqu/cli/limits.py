@@ -14,7 +14,6 @@ from lingqu.cli.output import Format, Output, plain, print_json, table
 from lingqu.registry.v1 import access_pb2
 
 app = typer.Typer(help="Limits of clients, tiers and models.", no_args_is_help=True)
-LOCAL, GLOBAL = access_pb2.Limits.SCOPE_LOCAL, access_pb2.Limits.SCOPE_GLOBAL
 OfClient = Annotated[str, typer.Option("--client", help="Name of a client; none: all clients together.")]
 OfModel = Annotated[
     str,
@@ -33,6 +32,10 @@ Row = tuple[str, str, str, access_pb2.Limits]
 class Scope(enum.StrEnum):
     gateway = "local"
     everywhere = "global"
+
+
+SCOPES = {Scope.gateway: access_pb2.Limits.SCOPE_LOCAL, Scope.everywhere: access_pb2.Limits.SCOPE_GLOBAL}
+OfRate = Annotated[Scope | None, typer.Option(help="The same for this rate alone.")]
 
 
 @app.command("list")
@@ -68,8 +71,10 @@ def set_(
     tokens_per_day: Limit = None,
     scope: Annotated[
         Scope | None,
-        typer.Option(help="Who counts requests: each gateway for itself, or all together (default)."),
+        typer.Option(help="Who counts both rates: each gateway for itself, or all together (default)."),
     ] = None,
+    requests_per_second_scope: OfRate = None,
+    requests_per_minute_scope: OfRate = None,
     output: Output = Format.table,
 ) -> None:
     """Change limits; what is not named stays."""
@@ -79,9 +84,15 @@ def set_(
         "concurrent_requests": concurrent_requests,
         "tokens_per_minute": tokens_per_minute,
         "tokens_per_day": tokens_per_day,
-        "scope": None if scope is None else LOCAL if scope is Scope.gateway else GLOBAL,
     }
     changed = {field: value for field, value in given.items() if value is not None}
+    if scope is not None:
+        changed |= {"scope": SCOPES[scope], "requests_per_second_scope": 0, "requests_per_minute_scope": 0}
+    of_rates = {
+        "requests_per_second_scope": requests_per_second_scope,
+        "requests_per_minute_scope": requests_per_minute_scope,
+    }
+    changed |= {field: SCOPES[own] for field, own in of_rates.items() if own is not None}
     suite: Suite = context.obj
     if client or tier:
         holder = _holder(suite, client, tier)

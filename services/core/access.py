@@ -12,18 +12,22 @@ from lingqu.registry.v1 import access_pb2
 from lingqu.registry.v1.access_pb2_grpc import AccessServiceStub
 from services.core.registry import Registry, Watched
 
+# What each gateway may count for itself.
+RATES = frozenset({"requests_per_second", "requests_per_minute"})
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much may be used in any window of that length, and at once; 0: no limit. `local`: requests are
-    counted by each gateway for itself, otherwise by all together, as tokens always are."""
+    """How much may be used in any window of that length, and at once; 0: no limit. `local`: names of the
+    rates (RATES) that each gateway counts for itself; others are counted by all together, as tokens always
+    are."""
 
     requests_per_second: int = 0
     requests_per_minute: int = 0
     concurrent_requests: int = 0
     tokens_per_minute: int = 0
     tokens_per_day: int = 0
-    local: bool = False
+    local: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ def access(records: Iterable[Record]) -> Access:
 def _with_tier(client: Client, tier: Tier | None) -> Client:
     if tier is None:
         return client
-    limits = tier.limits if replace(client.limits, local=False) == Limits() else client.limits
+    limits = tier.limits if replace(client.limits, local=frozenset()) == Limits() else client.limits
     return replace(client, limits=limits, model_limits=(*client.model_limits, *tier.model_limits))
 
 
@@ -158,5 +162,9 @@ def _limits(record: access_pb2.Limits) -> Limits:
         record.concurrent_requests,
         record.tokens_per_minute,
         record.tokens_per_day,
-        record.scope == access_pb2.Limits.SCOPE_LOCAL,
+        frozenset(rate for rate in RATES if _scope(record, rate) == access_pb2.Limits.SCOPE_LOCAL),
     )
+
+
+def _scope(record: access_pb2.Limits, rate: str) -> int:
+    return getattr(record, f"{rate}_scope") or record.scope

@@ -195,8 +195,11 @@ def _limits(access: Access, name: str, model: str) -> list[str]:
 
 
 def _words(whose: str, limits: Limits) -> list[str]:
-    scope = "each gateway for itself" if limits.local else "all gateways together"
-    counted = [
-        (f.name.replace("_", " "), getattr(limits, f.name)) for f in fields(limits) if f.name != "local"
+    alone = {"concurrent_requests", *limits.local}
+    counted = [(f.name, getattr(limits, f.name)) for f in fields(limits) if f.name != "local"]
+    return [
+        f"{whose}: {number:,} {name.replace('_', ' ')} "
+        f"({'each gateway for itself' if name in alone else 'all gateways together'})"
+        for name, number in counted
+        if number
     ]
-    return [f"{whose}: {number:,} {what} ({scope})" for what, number in counted if number]

@@ -250,8 +250,9 @@ def shared_limits(value: access_pb2.SharedLimits) -> access_pb2.SharedLimits:
 
 
 def _scope(field: str, limits: access_pb2.Limits) -> None:
-    if limits.scope not in access_pb2.Limits.Scope.values():
-        raise InvalidInput(f"{field}.scope", "is not known")
+    for name in ("scope", "requests_per_second_scope", "requests_per_minute_scope"):
+        if getattr(limits, name) not in access_pb2.Limits.Scope.values():
+            raise InvalidInput(f"{field}.{name}", "is not known")
 
 
 def client_name(field: str, value: str) -> str:

@@ -66,6 +66,10 @@ async def test_a_client_is_set_replaced_and_deleted(api: Api) -> None:
         (pb.Client(name="a", model_limits=[pb.ModelLimits(models="")]), "client.model_limits[0].models"),
         (pb.Client(name="a", labels={"": "x"}), "client.labels[]"),
         (pb.Client(name="a", limits=pb.Limits(scope=7)), "client.limits.scope"),  # type: ignore[arg-type]
+        (
+            pb.Client(name="a", limits=pb.Limits(requests_per_minute_scope=7)),  # type: ignore[arg-type]
+            "client.limits.requests_per_minute_scope",
+        ),
     ],
 )
 async def test_a_wrong_client_is_refused_by_field(api: Api, client: pb.Client, field: str) -> None:

@@ -130,6 +130,13 @@ async def test_limits_of_clients_and_models(cli: Cli) -> None:
     assert code == 0, said
     for text in ("5 req/s (each gateway)", "7 tok/day", "minilm"):
         assert text in said
+    apart = ("--requests-per-minute", "60", "--requests-per-minute-scope", "global")
+    await cli.json("limits", "set", "--client", "alice", "--model", "smol*", *apart)
+    _, said = await cli("limits", "show", "--client", "alice")
+    assert "5 req/s (each gateway), 60 req/min" in said
+    assert "60 req/min (each" not in said
+    await cli.json("limits", "set", "--client", "alice", "--model", "smol*", "--scope", "local")
+    assert "60 req/min (each gateway)" in (await cli("limits", "show", "--client", "alice"))[1]
     await cli.json("limits", "delete", "--client", "alice", "--model", "smol*")
     await cli.json("limits", "delete", "--model", "minilm")
     assert [row["limits"]["tokens_per_day"] for row in await cli.json("limits", "list")] == ["7"]

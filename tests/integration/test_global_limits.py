@@ -18,6 +18,7 @@ from deploy.local import layout as at
 from lingqu.client import LingquError
 from lingqu.gateway.v1 import limiter_pb2
 from lingqu.gateway.v1.limiter_pb2_grpc import LimiterServiceStub
+from lingqu.registry.v1 import access_pb2
 from tests.conftest import free_offset
 from tests.waiting import pause, until
 
@@ -80,6 +81,24 @@ async def test_a_limit_of_a_minute_is_exact_over_two_gateways(two: Fleet) -> Non
     used = 40 - min(int(caller.metadata["x-ratelimit-remaining"]) for caller in callers)
     codes = Counter(await asyncio.gather(*(caller.ask() for _ in range(40) for caller in callers)))
     assert codes == {OK: 40 - used, OVER: 40 + used}
+
+
+async def test_a_second_may_be_each_gateways_and_the_minute_all_gateways(two: Fleet) -> None:
+    local = access_pb2.Limits.SCOPE_LOCAL
+    limits = {"requests_per_second": 2, "requests_per_second_scope": local, "requests_per_minute": 10_000}
+    callers = await limited(two, "apart", **limits)
+    await pause(1.1, "the buckets of both gateways are full again")
+    before, begun = [asked(gateway) for gateway in two.gateways], time.monotonic()
+    for caller in callers:
+        caller.refused.clear()
+    codes = [[await caller.ask() for _ in range(6)] for caller in callers]
+    passed = [each.count(OK) for each in codes]
+    assert min(passed) >= 2  # each gateway's own
+    if time.monotonic() - begun < 0.9:
+        assert max(passed) <= 3
+    for caller, gateway, number, already in zip(callers, two.gateways, passed, before, strict=True):
+        assert "2 requests per second" in (caller.refused[0].details() or "")
+        assert asked(gateway) - already == number  # what the gateway refuses itself costs no call
 
 
 async def test_a_limit_of_a_model_is_shared_by_all_clients(two: Fleet) -> None:

@@ -10,7 +10,7 @@ import grpc
 import httpx2 as httpx
 import pytest
 
-from services.core.access import Access, Client, Limits, SharedLimits
+from services.core.access import RATES, Access, Client, Limits, SharedLimits
 from services.core.discovery import Protection, VersionKey
 from tests.planes import Backend, Caller, Plane, hosting, model, plane
 from tests.waiting import forever, pause, until
@@ -53,8 +53,8 @@ async def test_a_rate_is_let_through_and_no_more(gate: Plane, backend: Backend) 
     await limited(
         gate,
         backend,
-        Client("second", every, Limits(requests_per_second=5, local=True)),
-        Client("minute", every, Limits(requests_per_minute=7, local=True)),
+        Client("second", every, Limits(requests_per_second=5, local=RATES)),
+        Client("minute", every, Limits(requests_per_minute=7, local=RATES)),
         Client("free", every),
     )
     second, minute, free = [await gate.caller(name) for name in ("second", "minute", "free")]
@@ -75,7 +75,7 @@ async def _refused(caller: Caller, name: str = "m") -> bool:
 async def test_who_is_refused_is_told_which_limit_and_when_to_come_back(
     gate: Plane, backend: Backend
 ) -> None:
-    await limited(gate, backend, Client("c", ("*",), Limits(requests_per_minute=6, local=True)))
+    await limited(gate, backend, Client("c", ("*",), Limits(requests_per_minute=6, local=RATES)))
     caller = await gate.caller("c")
     first = await caller.ask("m")
     assert (first.headers["x-ratelimit-limit"], first.headers["x-ratelimit-remaining"]) == ("6", "5")
@@ -108,7 +108,7 @@ async def test_who_is_refused_is_told_which_limit_and_when_to_come_back(
 async def test_answers_tell_of_one_rate_and_refusals_of_the_one_that_was_reached(
     gate: Plane, backend: Backend
 ) -> None:
-    both = Limits(requests_per_second=2, requests_per_minute=60, local=True)
+    both = Limits(requests_per_second=2, requests_per_minute=60, local=RATES)
     await limited(gate, backend, Client("both", ("*",), both))
     caller = await gate.caller("both")
     passed = await caller.ask("m")
@@ -120,13 +120,13 @@ async def test_answers_tell_of_one_rate_and_refusals_of_the_one_that_was_reached
 
 
 async def test_limits_of_a_model_and_of_a_client_for_a_model(gate: Plane, backend: Backend) -> None:
-    local = Limits(requests_per_minute=3, local=True)
+    local = Limits(requests_per_minute=3, local=RATES)
     await limited(
         gate,
         backend,
-        Client("c", ("*",), model_limits=(("m", local), ("*", Limits(requests_per_minute=5, local=True)))),
+        Client("c", ("*",), model_limits=(("m", local), ("*", Limits(requests_per_minute=5, local=RATES)))),
         Client("d", ("*",)),
-        shared=(SharedLimits("n", Limits(requests_per_minute=8, local=True)),),
+        shared=(SharedLimits("n", Limits(requests_per_minute=8, local=RATES)),),
     )
     c, d = await gate.caller("c"), await gate.caller("d")
     assert counted([*await c.ask_often("m", 2), *await c.ask_often("m@1", 3)]) == {
@@ -203,7 +203,7 @@ async def test_nothing_that_goes_wrong_with_requests_wears_a_limit_out(gate: Pla
 
 async def test_limits_change_under_load_and_routes_change_without_them(gate: Plane, backend: Backend) -> None:
     def client(number: int) -> Client:
-        return Client("c", ("*",), Limits(requests_per_minute=number, local=True))
+        return Client("c", ("*",), Limits(requests_per_minute=number, local=RATES))
 
     await limited(gate, backend, client(10))
     caller = await gate.caller("c")

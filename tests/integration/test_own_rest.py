@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from lingqu.inference.v1 import inference_pb2 as pb
-from services.core.access import Access, Client, Limits
+from services.core.access import RATES, Access, Client, Limits
 from services.core.errors import BackendUnavailable
 from services.gateway.filters.web import MAX_ANSWER_BYTES
 from services.inference import convert, convert_tasks
@@ -34,7 +34,7 @@ from tests.gateways import AWAY, TENSOR, TEXT, Backend, Gateway
 
 PAGE = "https://app.example"
 PAGES = (PAGE, "https://*.lab.example")
-LIMITS = Limits(requests_per_minute=1, local=True)
+LIMITS = Limits(requests_per_minute=1, local=RATES)
 ACCESS = Access((Client("tester", ("*",)), Client("guest", (TENSOR,)), Client("hasty", ("*",), LIMITS)))
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 

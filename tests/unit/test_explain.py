@@ -76,8 +76,8 @@ def test_a_refusal_is_explained_by_its_reason(question: Question, reason: str) -
 
 
 def test_shadows_limits_and_balancing_are_told() -> None:
-    limits = Limits(requests_per_second=5, tokens_per_day=1_000)
-    access = Access((Client("c", ("*",), limits, (("m*", Limits(concurrent_requests=2, local=True)),)),))
+    limits = Limits(5, 50, tokens_per_day=1_000, local=frozenset({"requests_per_minute"}))
+    access = Access((Client("c", ("*",), limits, (("m*", Limits(concurrent_requests=2)),)),))
     access = Access(access.clients, (), (SharedLimits("m", Limits(requests_per_minute=9)),))
     shown = seen({1: 100}, {1, 2}, access, shadow=2, shadow_percent=20)
     found = explain(shown, Question("c", "m", {"lingqu-session": "s"}))
@@ -87,6 +87,7 @@ def test_shadows_limits_and_balancing_are_told() -> None:
     assert found.limits == (
         'client "c" of model "m": 2 concurrent requests (each gateway for itself)',
         'client "c": 5 requests per second (all gateways together)',
+        'client "c": 50 requests per minute (each gateway for itself)',
         'client "c": 1,000 tokens per day (all gateways together)',
         'model "m": 9 requests per minute (all gateways together)',
     )

@@ -14,7 +14,7 @@ import pytest
 
 from deploy.local.layout import Layout
 from deploy.local.parts import envoy
-from services.core.access import Access, Client, Limits, RevokedKey, SharedLimits
+from services.core.access import RATES, Access, Client, Limits, RevokedKey, SharedLimits
 from services.core.authority import Authority
 from services.core.discovery import READY, Hosted, Model, Protection, Replica, Version, VersionKey
 from services.gateway import xds
@@ -58,12 +58,12 @@ def with_policies() -> Snapshot:
         (
             Client("alice", ("writer", "spare*"), both, max_priority=2),
             Client(
-                "bob", limits=replace(both, local=True), model_limits=(("writer", Limits(1, local=True)),)
+                "bob", limits=replace(both, local=RATES), model_limits=(("writer", Limits(1, local=RATES)),)
             ),
             Client("carol", disabled=True),
         ),
         (RevokedKey("a-key", "alice"),),
-        (SharedLimits("writer", Limits(50, 0, 8)), SharedLimits("spare", Limits(0, 60, local=True))),
+        (SharedLimits("writer", Limits(50, 0, 8)), SharedLimits("spare", Limits(0, 60, local=RATES))),
     )
     models = [
         Model("writer", (version("writer", 1),), ((1, 100),), protection=Protection(100, fallback="spare")),

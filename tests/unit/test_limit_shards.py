@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.core.access import Access, Client, Limits, SharedLimits
+from services.core.access import RATES, Access, Client, Limits, SharedLimits
 from services.gateway.limits.cells import HANDOVER
 from services.gateway.limits.clock import SKEW_MS, Moment
 from services.gateway.limits.rules import MINUTE, SECOND, TOKEN_DAY, TOKEN_MINUTE, Rule, Rules, limited
@@ -234,16 +234,17 @@ def test_a_request_that_another_limit_refused_does_not_count() -> None:
 
 @pytest.mark.parametrize("model", ["", "other"])
 def test_only_what_is_global_is_asked_for(model: str) -> None:
-    local = Limits(requests_per_second=1, concurrent_requests=5, local=True)
+    local = Limits(requests_per_second=1, concurrent_requests=5, local=RATES)
     access = Access(
         (
             Client("local", limits=local),
-            Client("mixed", limits=Limits(requests_per_second=1, tokens_per_day=5, local=True)),
+            Client("mixed", limits=Limits(requests_per_second=1, tokens_per_day=5, local=RATES)),
+            Client("apart", limits=Limits(3, 60, local=frozenset({"requests_per_second"}))),
             Client("own", model_limits=(("smol*", Limits(requests_per_second=3)), ("*", local))),
         ),
         shared=(SharedLimits("llama", Limits(requests_per_minute=9)), SharedLimits("x", local)),
     )
-    assert limited(access) == (("mixed", "own"), ("llama",))
+    assert limited(access) == (("mixed", "apart", "own"), ("llama",))
     rules = Rules(access)
     assert rules.of("local", model) == (None, None)
     assert rules.of("own", model) == (None, None)
@@ -251,6 +252,9 @@ def test_only_what_is_global_is_asked_for(model: str) -> None:
     mixed, _ = rules.of("mixed", model)
     assert mixed is not None
     assert mixed.rules == (Rule("c/mixed", ((TOKEN_DAY, 5),)),)
+    apart, _ = rules.of("apart", model)
+    assert apart is not None
+    assert apart.rules == (Rule("c/apart", ((MINUTE, 60),)),)
     own, shared = rules.of("own", "smollm")
     assert own is not None
     assert [r.key for r in own.rules] == ["c/own/smollm"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from deploy.local.layout import Layout
 from deploy.local.parts import envoy
-from services.core.access import Access, Client, Limits, SharedLimits
+from services.core.access import RATES, Access, Client, Limits, SharedLimits
 from services.core.discovery import FAILED, LOADING, READY, Hosted, Model, Replica, Version, VersionKey
 from services.gateway import xds
 from services.gateway.keys import KeyRing
@@ -279,7 +279,7 @@ def test_envoy_accepts_a_snapshot(tmp_path: Path, traces: str, weights: tuple[tu
     """`envoy --mode validate`, with the snapshot as a static configuration."""
     versions = tuple(Version(VersionKey("m", n), "file:///x", "0", "generate", "x") for n in (1, 2))
     entry = Entry("127.0.0.1:0", "127.0.0.1:1", KeyRing.at(tmp_path / "key.pem").jwks(), traces)
-    limits = Limits(5, 50, 2, local=True)
+    limits = Limits(5, 50, 2, local=RATES)
     client = Client("c", ("*",), limits, (("*", limits),))
     access = Access((client,), shared=(SharedLimits("m", limits),))
     shadow = 2 if len(weights) == 1 else 0

@@ -81,7 +81,7 @@ def _chain(limits: Limits, of: str, may: str) -> list[dict[str, Any]]:
         ("requests_per_second", "second", 1, limits.requests_per_second),
         ("requests_per_minute", "minute", 60, limits.requests_per_minute),
     ]
-    kept = [rate for rate in rates if rate[3] and limits.local]
+    kept = [rate for rate in rates if rate[3] and rate[0] in limits.local]
     chain = [_at_once(limits.concurrent_requests, of)] if limits.concurrent_requests else []
     return chain + [
         _rate(

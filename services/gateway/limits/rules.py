@@ -112,5 +112,5 @@ def _rule(key: str, limits: Limits) -> Rule | None:
 
 def _bounds(limits: Limits) -> tuple[tuple[Kind, int], ...]:
     """What of them is counted over all gateways."""
-    found = ((kind, int(getattr(limits, kind.field))) for kind in KINDS if kind.tokens or not limits.local)
+    found = ((kind, int(getattr(limits, kind.field))) for kind in KINDS if kind.field not in limits.local)
     return tuple((kind, limit) for kind, limit in found if limit)
