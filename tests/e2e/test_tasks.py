@@ -211,6 +211,27 @@ async def test_dimensions_and_normalisation(client: lingqu.Client) -> None:
         assert (caught.value.code, caught.value.field) == (grpc.StatusCode.INVALID_ARGUMENT, "dimensions")
 
 
+async def test_numbers_at_their_bounds_are_taken_and_others_named(client: lingqu.Client) -> None:
+    for top, labels in ((1, 1), (2, 2), (2**31 - 1, 2)):
+        assert len((await client.classify(LABELS, ["fine"], top=top)).results[0].labels) == labels
+    for top, tokens in ((1, 1), (20, 512)):
+        answer = await client.answer(READER, "Where does Ada live?", ADA, top=top, max_answer_tokens=tokens)
+        assert 1 <= len(answer.answers) <= top
+        assert all(len(span.text.split()) <= tokens for span in answer.answers)
+    refused = [
+        (client.classify(LABELS, ["fine"], top=0), "top"),
+        (client.classify(LABELS, ["fine"], top=-1), "top"),
+        (client.answer(READER, "Where?", ADA, top=0), "top"),
+        (client.answer(READER, "Where?", ADA, top=21), "top"),
+        (client.answer(READER, "Where?", ADA, max_answer_tokens=0), "max_answer_tokens"),
+        (client.answer(READER, "Where?", ADA, max_answer_tokens=513), "max_answer_tokens"),
+    ]
+    for call, field in refused:
+        with pytest.raises(lingqu.LingquError) as caught:
+            await call
+        assert (caught.value.code, caught.value.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+
+
 async def test_a_megabyte_is_cut_or_refused(client: lingqu.Client) -> None:
     text = "word " * 209_715
     cut = await client.classify(LABELS, [text])
