@@ -240,6 +240,16 @@ class BackendUnavailable(LingquError):
     retry_after_s: float | None = 1.0
 
 
+class Stopping(BackendUnavailable):
+    """This process ends; another one answers, or its successor."""
+
+    reason = "STOPPING"
+    retry_after_s = 0.1
+
+    def __init__(self) -> None:
+        super().__init__("this process stops; call again, another one will answer")
+
+
 class BreakerOpen(BackendUnavailable):
     """Too many requests to the model have failed or taken too long; it is given time."""
 

@@ -5,9 +5,10 @@ A layer is an async context manager around one call. Where it applies is decided
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from inspect import isawaitable
 from typing import Any, TypeAlias, cast
@@ -20,7 +21,7 @@ from opentelemetry import trace
 from opentelemetry.propagate import extract
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from services.core.errors import InvalidInput, LingquError, QueueFull, to_rpc_status
+from services.core.errors import InvalidInput, LingquError, QueueFull, Stopping, to_rpc_status
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,42 @@ class StatusMapper(Layer):
             log.exception("%s failed", method)
             unknown = LingquError("internal error; the service's log has the details")
             await context.abort_with_status(rpc_status.to_status(to_rpc_status(unknown)))
+
+
+class LongCalls(Layer):
+    """Ends calls that go on for as long as somebody wants them, of `methods` (paths), before a server stops
+    that would wait for them: whoever made them goes elsewhere."""
+
+    def __init__(self, methods: Collection[str]) -> None:
+        self._methods = frozenset(methods)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ended: set[asyncio.Task[Any]] | None = None
+
+    def end(self) -> None:
+        """All of them, and those that come from now on."""
+        self._ended = set(self._tasks)
+        for task in self._ended:
+            task.cancel()
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        if method not in self._methods:
+            yield
+            return
+        if self._ended is not None:
+            raise Stopping
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - each call has one
+        self._tasks.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._ended is None or task not in self._ended:
+                raise
+            task.uncancel()
+            raise Stopping from None
+        finally:
+            self._tasks.discard(task)
 
 
 class InFlightLimit(Layer):

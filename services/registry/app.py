@@ -20,7 +20,7 @@ from lingqu.registry.v1 import (
 )
 from services.core import certificates
 from services.core.audit import audited
-from services.core.interceptors import server_stack
+from services.core.interceptors import LongCalls, server_stack
 from services.core.lifecycle import SERVER_OPTIONS, serving
 from services.core.settings import Address, Addresses, Settings, Trusted
 from services.core.tasks import background
@@ -47,6 +47,13 @@ from services.registry.steward import Steward
 SERVICES = tuple(
     f"lingqu.registry.v1.{name}Service"
     for name in ("Registry", "Model", "Rollout", "Access", "Backup", "Ledger")
+)
+LONG_CALLS = tuple(
+    f"/lingqu.registry.v1.{name}"
+    for name in (
+        *("RegistryService/WatchInstances", "RegistryService/KeepAlive", "ModelService/WatchModels"),
+        *("AccessService/WatchAccess", "LedgerService/WatchShards"),
+    )
 )
 # Its clients ping it every three seconds (services/core/registry.py).
 OPTIONS = {**dict(SERVER_OPTIONS), "grpc.http2.min_ping_interval_without_data_ms": 1_000}
@@ -79,10 +86,9 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         steward = Steward(mirror, catalog, commits, conductor, leadership)
         models = Models(mirror, catalog, commits, releases, conductor, callers, cfg.trusted_keys)
 
-        server = grpc.aio.server(
-            interceptors=server_stack(tracer, cfg.max_in_flight, *audited(cfg.audit_log, callers.of)),
-            options=list(OPTIONS.items()),
-        )
+        long_calls = LongCalls(LONG_CALLS)
+        layers = server_stack(tracer, cfg.max_in_flight, long_calls, *audited(cfg.audit_log, callers.of))
+        server = grpc.aio.server(interceptors=layers, options=list(OPTIONS.items()))
         instances_pb2_grpc.add_RegistryServiceServicer_to_server(
             Instances(etcd, mirror, leases, renewals, callers), server
         )
@@ -102,4 +108,5 @@ async def running(cfg: RegistrySettings) -> AsyncIterator[None]:
         await stack.enter_async_context(
             serving(server, cfg.registry_listen, SERVICES, cfg.grace_s, cfg.identity)
         )
+        stack.callback(long_calls.end)
         yield
