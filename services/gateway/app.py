@@ -81,7 +81,7 @@ class GatewaySettings(Settings):
     """Where other control planes and their Envoys reach this one, an IP address; default: gateway_address."""
     limits_fail: Literal["open", "closed"] = "open"
     """What becomes of a request if nobody says in time whether it is within its global limits."""
-    limits_timeout_s: float = Field(default=0.05, gt=0, le=5)
+    limits_timeout_s: float = Field(default=0.25, gt=0, le=5)
     """How long it waits for that."""
     limits_tell: bool = False
     """Whether backends are told when a request was admitted (x-lingqu-admitted): to check limits by."""

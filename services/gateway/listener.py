@@ -39,7 +39,7 @@ WEIGHT_TAG, FAILURE_TAG = "weight", "failure"
 class Limiting:
     """How long a request waits for the limiter, and whether it is refused if there was no answer."""
 
-    timeout_s: float = 0.05
+    timeout_s: float = 0.25
     closed: bool = False
 
 

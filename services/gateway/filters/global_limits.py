@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 NAME = "global-limits"
 # What the limiter is told of a request.
 CLIENT_KEY, MODEL_KEY, TYPE_KEY = "client", "model", "type"
+# Before another control plane is asked: at random up to so long, the second time up to three times as long.
+BACK_OFF_S = 0.002
 UNREACHABLE = "rate_limiter_error"  # what Envoy calls it when the limiter has not answered
 _EXPRESSION = "type.googleapis.com/envoy.extensions.rate_limit_descriptors.expr.v3.Descriptor"
 _HEADER = "type.googleapis.com/envoy.type.matcher.v3.HttpRequestHeaderMatchInput"
@@ -68,6 +70,12 @@ def _rate_limit(entry: Entry) -> dict[str, Any]:
     retries = {
         "retry_on": "connect-failure,refused-stream,reset,unavailable,cancelled",
         "num_retries": 2,
+        # By default half a second or so: the request has gone on by then. The longest interval is also how
+        # long Envoy lets each attempt take.
+        "retry_back_off": {
+            "base_interval": f"{BACK_OFF_S:g}s",
+            "max_interval": f"{max(BACK_OFF_S, entry.limits.timeout_s):g}s",
+        },
         **ELSEWHERE,
     }
     config = {
