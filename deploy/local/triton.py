@@ -87,7 +87,7 @@ def command(files: TritonFiles, layout: Layout, identity: Identity | None = None
         "--disable-auto-complete-config",
         # Ready is who serves; a version that was refused or retired does not make all of it unready.
         "--strict-readiness=false",
-        "--exit-timeout-secs=3",
+        "--exit-timeout-secs=4",
         # The models get the caller's trace context as a request parameter.
         "--grpc-header-forward-pattern=(?i)traceparent",
         *flags,

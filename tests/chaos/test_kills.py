@@ -206,6 +206,11 @@ async def test_what_was_published_is_there_after_a_restart(tmp_path: Path) -> No
     offset = free_offset()
     async with suites.running(offset, state=tmp_path) as first:
         await first.publish_echo()
+    # Triton did not have to give up on any of its models.
+    stopped = (first.layout.logs / "triton.log").read_text()
+    assert "Exit timeout expired" not in stopped
+    for model in ("echo", TEXT_MODEL, VECTOR_MODEL):
+        assert f"successfully unloaded '{model}'" in stopped
     async with (
         suites.running(offset, state=tmp_path) as second,
         lingqu.Client(second.public, second.key) as client,

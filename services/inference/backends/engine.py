@@ -42,19 +42,22 @@ class _Running:
 
 class Engine:
     """Owns the thread that steps the runtime. `open_runtime` makes one; its errors are the constructor's.
-    `flush` is called when sinks have been told of all of a step."""
+    `flush` is called when sinks have been told of all of a step, `look` a few times a second. On the thread,
+    as all that is given here."""
 
     def __init__(
         self,
         open_runtime: Callable[[], Runtime],
         log: Callable[[str], None],
         flush: Callable[[], None] = lambda: None,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         self.counts = Counts()
         self._open = open_runtime
         self._runtime = open_runtime()
         self._log = log
         self._flush = flush
+        self._look_elsewhere = look
         self._commands: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._running: dict[int, _Running] = {}
         self._slices = Slices()
@@ -99,6 +102,7 @@ class Engine:
         if not self._running:
             if self._slice is not None:
                 self._slice.cancel()
+            self._look_elsewhere()
             return
         if self._slices.waiting:
             self._feed_slice()
@@ -120,6 +124,7 @@ class Engine:
     def _look(self, now: float) -> None:
         """At what changes seldom: between two steps both cores wait."""
         self._looked_at = now
+        self._look_elsewhere()
         self._drop_abandoned()
         self.counts.cache = self._runtime.cache()
         if now - self._alive_at >= ALIVE_S:

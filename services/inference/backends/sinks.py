@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from services.inference.backends.spans import EngineSpan, EngineSpans
 from services.inference.tokens import Detokenizer
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-GONE_S = 0.2  # how often Triton is asked, with a message, whether anybody reads: it costs another round
+GONE_S = 0.2  # how often Triton is asked whether anybody reads: it costs another round
 REFUSALS = {
     Finish.FAILED: "the engine could not go on with this sequence; try again",
     Finish.REFUSED: "the engine refuses this sequence: a setting, or more than its KV cache can hold",
@@ -43,10 +44,18 @@ class _Sink(Postable):
             self._sender.send(flags=flags)
         else:
             self._sender.send(response, flags=flags)
+        if not flags:
+            self._ask()
+
+    def _ask(self) -> None:
+        """Whether anybody reads, if that was not asked lately."""
         now = time.monotonic()
-        if now >= self._asked_at + GONE_S and not flags:
+        if now >= self._asked_at + GONE_S:
             self._asked_at = now
-            self._is_gone = bool(self._sender.is_cancelled())
+            try:
+                self._is_gone = self._is_gone or bool(self._sender.is_cancelled())
+            except Exception:  # Triton has given it up
+                self._is_gone = True
 
     def failed(self) -> None:
         self._is_gone = True
@@ -83,8 +92,17 @@ class SessionSink(_Sink):
         self._outbox.add(self)  # an empty message, if there is nothing to say
 
     def is_left(self) -> bool:
-        """Whether its inference process is known to be gone."""
-        return self.gone() or (self._line is not None and not self._line.is_open())
+        """Whether its inference process has closed the session, or is gone."""
+        if self._line is None:
+            self._ask()
+            return self.gone()
+        return self.gone() or not self._line.is_open()
+
+    def end(self) -> None:
+        """The request that opened it is answered to the end."""
+        self.failed()
+        with contextlib.suppress(Exception):  # Triton knows already
+            self._sender.send(flags=FINAL)
 
     def hand_over(self) -> bool:
         if self._line is None or self.gone():

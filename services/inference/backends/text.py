@@ -53,8 +53,10 @@ class TritonPythonModel:
         cache, most = int(parameters["kv_cache_gib"]), int(parameters["max_sequences"])
         self._outbox = Outbox()
         log = pb_utils.Logger.log_error
-        self._engine = Engine(lambda: open_text(manifest, folder, cache, most, log), log, self._outbox.flush)
         self._sessions: dict[str, SessionSink] = {}
+        self._engine = Engine(
+            lambda: open_text(manifest, folder, cache, most, log), log, self._outbox.flush, self._end_sessions
+        )
         self._folder = folder
         self._scorer: Scorer | None = None  # with the first text to score
         gc.collect()
@@ -83,7 +85,6 @@ class TritonPythonModel:
         if not hmac.compare_digest(command.secret.encode(errors="replace"), self._secret.encode()):
             raise ValueError('"session" is for the inference service: send "text_input"')
         if command.op == "open":
-            self._sessions = {name: sink for name, sink in self._sessions.items() if not sink.is_left()}
             sink = SessionSink(sender, self._outbox, self._spans, self._line(command.line))
             self._sessions[command.session] = sink
             return
@@ -105,6 +106,14 @@ class TritonPythonModel:
             sender.send(_text_response(json.dumps(errors)), flags=FINAL)
         else:
             raise ValueError(f'unknown command "{command.op}"')
+
+    def _end_sessions(self) -> None:
+        """Those whose inference process is gone: Triton lets go of a model, and of the memory it has, when
+        all of its requests have ended."""
+        for name, sink in list(self._sessions.items()):
+            if sink.is_left():
+                del self._sessions[name]
+                sink.end()
 
     def _line(self, address: str) -> Line | None:
         """To the inference process that asks; None if it cannot be reached that way."""
