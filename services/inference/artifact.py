@@ -69,8 +69,8 @@ class TextSpec(_Value):
     """A text model: `weights` is its GGUF file, the openvino_model.xml in the folder that OpenVINO opens, or
     the safetensors (or their index) of a checkpoint; `context_tokens` bounds prompt and answer together.
     `grammar` is a tiny model with the same vocabulary, by which grammars are tried; without it the model
-    takes none. `guesses`: so many tokens a step are guessed for a greedy stream that is alone, which takes
-    memory for the weights twice; 0: none."""
+    takes none. `guesses`: so many tokens a step are guessed at most for a greedy stream that is alone, which
+    takes memory for packed weights once more, or three times where they are small (sizing.py); 0: none."""
 
     weights: FilePath
     context_tokens: int = Field(ge=1)

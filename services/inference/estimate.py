@@ -9,6 +9,7 @@ from typing import Any
 
 from services.inference import sizing, weights
 from services.inference.artifact import Architecture, Manifest
+from services.inference.backends import guesses
 from services.inference.backends.alone import MOST_TOKENS
 
 DEFAULT_KV_PRECISION = "u8"  # OpenVINO's CPU plugin, where a model's file says nothing else
@@ -43,11 +44,13 @@ def of(folder: Path, manifest: Manifest, kv_cache_bytes: int) -> Estimate:
     if architecture is not None:
         kv = sizing.KvCache.of(architecture, found.kv_precision or DEFAULT_KV_PRECISION)
     in_memory = 0 if manifest.runtime == "tensorrt-llm" else kv_cache_bytes  # or on the GPU
-    guessing = manifest.text.guesses > 0
-    if guessing and kv is not None:
+    graphs = 0
+    if manifest.text.guesses:
+        graphs = 1 + len(guesses.widths(sum(found.by_type.values()), manifest.text.guesses))
+    if graphs and kv is not None:
         in_memory += kv.bytes_of(MOST_TOKENS)
     footprint = sizing.footprint(
-        manifest.runtime, found.by_type, gguf=found.gguf, guessing=guessing, kv_cache_bytes=in_memory
+        manifest.runtime, found.by_type, gguf=found.gguf, guessing_graphs=graphs, kv_cache_bytes=in_memory
     )
     return Estimate(footprint, architecture, kv)
 

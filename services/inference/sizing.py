@@ -24,7 +24,7 @@ RESIDENT = {
     "openvino": {"f16": 2.0},
 }
 RESIDENT_OTHERWISE = {"openvino-genai": 2.1, "onnxruntime": 1.1, "openvino": 1.6}
-GUESSING = 1.1  # more, packed for a second runtime (backends/alone.py)
+GUESSING = 1.2  # more, packed for each graph of a stream that is alone (backends/guessing.py)
 GGUF_CONVERSION = 0.6  # more, while a GGUF file is turned into the engine's own form
 FIXED = {"openvino-genai": 280 * MIB, "onnxruntime": 110 * MIB, "openvino": 150 * MIB}
 FIXED_OTHERWISE = 60 * MIB  # a Python process with nothing in it
@@ -82,13 +82,13 @@ def footprint(
     weights: Mapping[str, int],
     *,
     gguf: bool = False,
-    guessing: bool = False,
+    guessing_graphs: int = 0,
     kv_cache_bytes: int = 0,
     activation_bytes: int = 0,
 ) -> Footprint:
     factors, otherwise = RESIDENT.get(runtime, {}), RESIDENT_OTHERWISE.get(runtime, 1.0)
     resident = sum(size * factors.get(kind, otherwise) for kind, size in weights.items())
-    resident += (GGUF_CONVERSION * gguf + GUESSING * guessing) * sum(weights.values())
+    resident += (GGUF_CONVERSION * gguf + GUESSING * guessing_graphs) * sum(weights.values())
     fixed = FIXED.get(runtime, FIXED_OTHERWISE)
     return Footprint(dict(weights), int(resident), fixed, kv_cache_bytes, activation_bytes)
 

@@ -11,18 +11,22 @@ from tokenizers import Tokenizer
 from pipeline.bundled import TEXT_MODEL
 from services.inference.artifact import Manifest
 from services.inference.backends.alone import Alone
+from services.inference.backends.guessing import GuessingText, open_guessing
 from services.inference.backends.jobs import Handle, Job, Sampling
-from services.inference.backends.openvino_text import GuessingText, OpenVinoText
+from services.inference.backends.openvino_text import OpenVinoText
 
 
-class Counted(GuessingText):
-    """With the number of steps it took."""
+class Counted:
+    """Guesses, with the number of steps they took."""
 
-    steps = 0
+    def __init__(self, runtime: GuessingText) -> None:
+        self.add, self.displaced, self.cache = runtime.add, runtime.displaced, runtime.cache
+        self._step = runtime.step
+        self.steps = 0
 
     def step(self) -> None:
         self.steps += 1
-        super().step()
+        self._step()
 
 
 class Engine:
@@ -31,8 +35,8 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         self.manifest = Manifest.read(folder)
         assert self.manifest.text is not None
-        spec = self.manifest.text.model_copy(update={"guesses": 3})
-        self.guessing = Counted(folder, spec)
+        spec = self.manifest.text.model_copy(update={"guesses": 7})
+        self.guessing = Counted(open_guessing(folder, spec))
         self.runtime = Alone(OpenVinoText(folder, spec, kv_cache_gib=1, max_sequences=64), self.guessing)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._number = 0

@@ -1,10 +1,10 @@
 """A stream that is alone is computed with guesses; as soon as there are others, it joins them.
 
 Guesses (prompt lookup: what followed the last tokens before) make several tokens a step where texts repeat
-themselves. They cost where streams share a step, and the engine that guesses cannot stop guessing: so there
-are two runtimes of the same weights, and a stream moves from one to the other. Only greedy streams guess:
-other ones would draw other tokens alone than in company. A stream that moves is computed again up to where
-it is, as a prompt.
+themselves. They cost where streams share a step, and the pipeline for many cannot guess for one of them: so
+there are two runtimes of the same weights, and a stream moves from one to the other. Only greedy streams
+guess: other ones would draw other tokens alone than in company. A stream that moves is computed again up to
+where it is, as a prompt.
 """
 
 from __future__ import annotations

@@ -25,9 +25,6 @@ from services.inference.backends.jobs import (
 from services.inference.backends.partials import Partials
 
 STEP_TOKENS = 256  # of prompts and streams together
-NGRAM_TOKENS = (
-    3  # so many of the last tokens, or fewer, are looked for in what was before, to guess what follows
-)
 
 _RUNNING = og.GenerationStatus.RUNNING
 _REASONS = og.GenerationFinishReason
@@ -106,37 +103,6 @@ class OpenVinoText:
         self._waiting.extendleft(reversed(later))
 
 
-class GuessingText:
-    """A pipeline that guesses some tokens each step by prompt lookup and keeps what it would have made anyway
-    (https://github.com/apoorvumang/prompt-lookup-decoding). Its cache grows as it needs, and keeps no
-    prefixes: blocks count as what was guessed, also when it was wrong (2026.4.1)."""
-
-    def __init__(self, folder: Path, spec: TextSpec) -> None:
-        self._eos = set(spec.eos_token_ids)
-        self._guesses = spec.guesses
-        scheduler = og.SchedulerConfig()
-        scheduler.max_num_batched_tokens = STEP_TOKENS
-        scheduler.enable_prefix_caching = False
-        path = str(pipeline_path(folder, spec))
-        self._pipeline = og.ContinuousBatchingPipeline(path, scheduler, "CPU", {"prompt_lookup": True})
-
-    def add(self, number: int, job: Job) -> Handle:
-        config = generation_config(job.sampling, self._eos)
-        config.num_assistant_tokens = self._guesses
-        config.max_ngram_size = NGRAM_TOKENS
-        ids = openvino.Tensor(np.array([job.input_ids], dtype=np.int64))
-        return _Guessing(self._pipeline.add_request(number, ids, config), job.sampling, self._eos)
-
-    def step(self) -> None:
-        self._pipeline.step()
-
-    def displaced(self) -> Sequence[tuple[int, Job]]:
-        return ()
-
-    def cache(self) -> None:
-        """It grows with what it holds."""
-
-
 class _Reader:
     """Takes from the pipeline's handle of a sequence. Between two steps no code is in the processor's cache:
     there each of the pipeline's enumerations costs 20 to 30 µs, so that it is asked for only where a sequence
@@ -176,27 +142,6 @@ class _Reader:
         # Dropped without a reason: the KV cache cannot hold the sequence.
         is_whole = status == og.GenerationStatus.FINISHED
         return Output(finish=Finish.STOP if is_whole else Finish.REFUSED)
-
-
-class _Guessing:
-    """The engine's Handle of a sequence of GuessingText."""
-
-    def __init__(self, handle: Any, sampling: Sampling, eos: Set[int]) -> None:
-        self._handle = handle
-        self._reader = _Reader(sampling, eos)
-        self._is_over = False
-
-    def take(self) -> Output:
-        made = self._reader.read(self._handle)
-        self._is_over |= bool(made.finish)
-        return made
-
-    def cancel(self) -> None:
-        self._is_over = True
-        self._handle.cancel()
-
-    def is_over(self) -> bool:
-        return self._is_over
 
 
 class _Sequence:

@@ -27,10 +27,11 @@ def open_text(
     if spec is None:
         raise ValueError("the artifact's manifest describes no text model")
     if manifest.runtime == "openvino-genai":
-        from services.inference.backends.openvino_text import GuessingText, OpenVinoText
+        from services.inference.backends.guessing import open_guessing
+        from services.inference.backends.openvino_text import OpenVinoText
 
         shared = OpenVinoText(folder, spec, kv_cache_gib, max_sequences, log)
-        return Alone(shared, GuessingText(folder, spec)) if spec.guesses else shared
+        return Alone(shared, open_guessing(folder, spec)) if spec.guesses else shared
     if manifest.runtime == "tensorrt-llm":
         from services.inference.backends.tensorrt_llm import open_pipeline
 
