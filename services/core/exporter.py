@@ -19,13 +19,18 @@ from services.core.tls import Identity
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 2
+# Not also UNAVAILABLE: the next export tells the totals as well, and a process that ends behind the metrics
+# service would try again for a second.
+AGAIN = (grpc.StatusCode.RESOURCE_EXHAUSTED,)
 
 
 def to(address: str, identity: Identity | None = None) -> MetricExporter:
     """`address` is "host:port"; with an identity its certificate has to name the host. Raises OSError if the
     identity cannot be read."""
     if identity is None:
-        return OTLPMetricExporter(endpoint=address, insecure=True, timeout=TIMEOUT_S)
+        return OTLPMetricExporter(
+            endpoint=address, insecure=True, timeout=TIMEOUT_S, retryable_error_codes=AGAIN
+        )
     return _Renewed(address, identity)
 
 
@@ -66,5 +71,9 @@ class _Renewed(MetricExporter):
         certificate, key, ca = self._identity.read()
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         return OTLPMetricExporter(
-            endpoint=self._address, insecure=False, credentials=credentials, timeout=TIMEOUT_S
+            endpoint=self._address,
+            insecure=False,
+            credentials=credentials,
+            timeout=TIMEOUT_S,
+            retryable_error_codes=AGAIN,
         )
