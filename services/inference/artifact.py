@@ -70,7 +70,8 @@ class TextSpec(_Value):
     the safetensors (or their index) of a checkpoint; `context_tokens` bounds prompt and answer together.
     `grammar` is a tiny model with the same vocabulary, by which grammars are tried; without it the model
     takes none. `guesses`: so many tokens a step are guessed at most for a greedy stream that is alone, which
-    takes memory for packed weights once more, or three times where they are small (sizing.py); 0: none."""
+    takes memory for packed weights once more, or three times where they are small (sizing.py); 0: none. Only
+    an openvino_model.xml can be guessed for."""
 
     weights: FilePath
     context_tokens: int = Field(ge=1)
@@ -80,6 +81,12 @@ class TextSpec(_Value):
     grammar: FilePath | None = None
     guesses: int = Field(default=0, ge=0, le=16)
     architecture: Architecture | None = None
+
+    @model_validator(mode="after")
+    def _graph(self) -> Self:
+        if self.guesses and not self.weights.endswith(".xml"):
+            raise ValueError("guesses need an openvino_model.xml")
+        return self
 
     @property
     def paths(self) -> tuple[str, ...]:

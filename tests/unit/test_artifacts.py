@@ -129,6 +129,16 @@ def test_a_manifest_says_only_what_its_task_needs(package: Package) -> None:
         Manifest.model_validate({**body, "task": "embed"})
 
 
+def test_guesses_are_for_openvinos_own_format(artifacts: dict[str, Path]) -> None:
+    body = Manifest.read(artifacts[TEXT_MODEL]).model_dump()
+    text = body["text"]
+    assert Manifest.model_validate({**body, "text": {**text, "guesses": 7}}).text
+    changed = {**body, "files": {**body["files"], "m.gguf": body["files"][text["weights"]]}}
+    with pytest.raises(ValueError, match="guesses need an openvino_model"):
+        Manifest.model_validate({**changed, "text": {**text, "weights": "m.gguf", "guesses": 7}})
+    assert Manifest.model_validate({**changed, "text": {**text, "weights": "m.gguf"}}).text
+
+
 def test_removing_the_last_version_removes_the_model(tmp_path: Path, package: Package) -> None:
     repository = Repository(tmp_path / "models", {})
     for number in (1, 2):

@@ -74,6 +74,22 @@ def test_what_does_not_fit_is_said_with_figures() -> None:
     assert "46592" in (sizing.never_fits(50_000, kv, GIB) or "")
 
 
+@pytest.mark.parametrize(("small_bytes", "graphs"), [(1 << 20, 1), (1 << 40, 3)])
+def test_guesses_take_packed_weights_for_each_graph(
+    artifacts: dict[str, Path], small_bytes: int, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.inference.backends.guesses.SMALL_BYTES", small_bytes)
+    folder = artifacts[TEXT_MODEL]
+    manifest = Manifest.read(folder)
+    assert manifest.text is not None
+    without = estimate.of(folder, manifest, GIB).footprint
+    text = manifest.text.model_copy(update={"guesses": 7})
+    found = estimate.of(folder, manifest.model_copy(update={"text": text}), GIB).footprint
+    more = found.resident - without.resident
+    assert more == pytest.approx(graphs * sizing.GUESSING * sum(without.weights.values()), rel=1e-6)
+    assert found.kv_cache - without.kv_cache == 4096 * 30 * 3 * 2 * 64 * 2
+
+
 def test_the_architecture_is_that_of_the_files_description(artifacts: dict[str, Path]) -> None:
     """Also when it is read by our own reader of headers."""
     for file in artifacts[TEXT_MODEL].rglob("*.gguf"):
