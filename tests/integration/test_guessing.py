@@ -13,9 +13,10 @@ from openvino import opset13
 
 from pipeline.bundled import TEXT_MODEL
 from services.inference.artifact import Manifest
-from services.inference.backends.guessing import open_guessing
+from services.inference.backends.alone import Alone
 from services.inference.backends.jobs import Job, Sampling
 from services.inference.backends.paged import Paged
+from services.inference.backends.texts import open_text
 
 Logits = npt.NDArray[np.float32]
 LOUDER = ("v_proj.weight", "o_proj.weight")
@@ -23,11 +24,12 @@ IDS = (700, 8000, 9, 10500, 11, 12, 300, 40, 5000, 6)
 
 
 class Tiny:
-    """Its folder and its description. As it is, each token would be followed by itself: here attention
+    """Its folder and its manifest. As it is, each token would be followed by itself: here attention
     outweighs the rest, so that what follows hangs on all that came before."""
 
     def __init__(self, artifact: Path, folder: Path) -> None:
-        found = Manifest.read(artifact).text
+        manifest = Manifest.read(artifact)
+        found = manifest.text
         assert found is not None
         assert found.grammar is not None
         model = openvino.Core().read_model(artifact / found.grammar)
@@ -37,7 +39,8 @@ class Tiny:
                 node.output(0).replace(louder.output(0))
         self.folder, self.weights = folder, folder / "openvino_model.xml"
         openvino.save_model(model, self.weights)
-        self.spec = found.model_copy(update={"weights": self.weights.name, "guesses": 7})
+        spec = found.model_copy(update={"weights": self.weights.name, "guesses": 7})
+        self.manifest = manifest.model_copy(update={"text": spec})
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """After each token, in FP32, by the graph as it is in the file."""
@@ -114,7 +117,8 @@ def test_opened_for_a_small_and_for_a_large_model(
     tiny: Tiny, small_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.inference.backends.guesses.SMALL_BYTES", small_bytes)
-    runtime = open_guessing(tiny.folder, tiny.spec)
+    runtime = open_text(tiny.manifest, tiny.folder, kv_cache_gib=1, max_sequences=4)
+    assert isinstance(runtime, Alone)
     handle = runtime.add(1, Job(0, IDS, Sampling(40)))
     made: list[int] = []
     while not handle.is_over():
