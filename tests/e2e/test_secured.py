@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import grpc
@@ -24,6 +25,7 @@ from lingqu.metrics.v1 import metrics_pb2
 from lingqu.metrics.v1.metrics_pb2_grpc import MetricsServiceStub
 from services.core import tls
 from services.core.authority import Authority
+from services.core.telemetry import metering
 from services.core.tls import Identity
 from tests.conftest import free_offset, show_logs
 from tests.waiting import until
@@ -31,12 +33,19 @@ from tests.waiting import until
 
 @pytest.fixture(scope="module")
 async def secured() -> AsyncIterator[Suite]:
-    async with suites.running(free_offset(), "--tls") as running:
-        try:
-            await running.publish_echo()
-            yield running
-        finally:
-            show_logs(running.layout)
+    offset = free_offset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LINGQU_METRICS_PLAIN_LISTEN", f"{at.HOST}:{PLAIN + offset}")
+        async with suites.running(offset, "--tls") as running:
+            try:
+                await running.publish_echo()
+                yield running
+            finally:
+                show_logs(running.layout)
+
+
+# Where the metrics service takes OTLP from programs that have no certificate.
+PLAIN = 4319
 
 
 def cli(suite: Suite) -> Identity:
@@ -118,6 +127,27 @@ async def test_requests_are_told(secured: Suite) -> None:
             return any(series.labels["model"] == "minilm-l6-v2" for series in answer.series)
 
         await until(told, "Envoy has told of it")
+
+
+async def test_a_program_without_a_certificate_has_a_port(secured: Suite) -> None:
+    request = metrics_pb2.QueryRequest(
+        measurement="program.ticks", aggregate=metrics_pb2.AGGREGATE_SUM, group_by=["service"]
+    )
+    async with AsyncExitStack() as stack:
+        program = ExitStack()
+        stack.push_async_callback(asyncio.to_thread, program.close)
+        own = program.enter_context(metering("a-program", secured.layout.address(PLAIN), every_s=0.1))
+        own.create_counter("program.ticks").add(1)
+        channel = await stack.enter_async_context(
+            tls.channel(secured.layout.address(at.METRICS), [], cli(secured))
+        )
+        stub = MetricsServiceStub(channel)
+
+        async def told() -> bool:
+            answer = await stub.Query(request, timeout=10)
+            return [series.labels["service"] for series in answer.series] == ["a-program"]
+
+        await until(told, "its figures are there")
 
 
 async def test_envoy_finds_the_replicas_healthy(secured: Suite) -> None:
