@@ -67,11 +67,13 @@ def listen(server: grpc.aio.Server, address: str, identity: Identity | None = No
     return server.add_secure_port(address, _server_credentials(identity))
 
 
-def server_context(identity: Identity) -> ssl.SSLContext:
-    """The same for servers of HTTP/1.1; `renew` it when the files have changed. Raises OSError, ssl.SSLError
-    among them."""
+def server_context(identity: Identity, protocols: Sequence[str] = ()) -> ssl.SSLContext:
+    """The same for servers in the event loop; `renew` it when the files have changed. `protocols` are those of
+    ALPN. Raises OSError, ssl.SSLError among them."""
     context = _context(ssl.PROTOCOL_TLS_SERVER, identity)
     context.verify_mode = ssl.CERT_REQUIRED
+    if protocols:
+        context.set_alpn_protocols(list(protocols))
     return context
 
 
@@ -80,9 +82,9 @@ def client_context(identity: Identity) -> ssl.SSLContext:
     return _context(ssl.PROTOCOL_TLS_CLIENT, identity)
 
 
-def renew(context: ssl.SSLContext, identity: Identity) -> None:
+def renew(context: ssl.SSLContext, identity: Identity, protocols: Sequence[str] = ()) -> None:
     """Handshakes of a server from now on go by what is in the files now. Raises as server_context does."""
-    now = server_context(identity)
+    now = server_context(identity, protocols)
 
     def replace(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, former: ssl.SSLContext) -> None:
         connection.context = now
@@ -99,7 +101,9 @@ def _context(protocol: int, identity: Identity) -> ssl.SSLContext:
     return context
 
 
-async def renewing(context: ssl.SSLContext | None, identity: Identity | None) -> None:
+async def renewing(
+    context: ssl.SSLContext | None, identity: Identity | None, protocols: Sequence[str] = ()
+) -> None:
     """`renew` it whenever a file changes, for ever; nothing for those who have none."""
     if context is None or identity is None:
         return
@@ -108,7 +112,7 @@ async def renewing(context: ssl.SSLContext | None, identity: Identity | None) ->
         await asyncio.sleep(RENEW_S)
         try:
             if (written := identity.written) != seen:
-                renew(context, identity)
+                renew(context, identity, protocols)
                 seen = written
         except OSError as err:
             log.warning("the certificate in use stays, the new one cannot be read: %s", err)

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -258,11 +259,13 @@ async def test_a_server_uses_what_its_files_say_now(tmp_path: Path, serving: Any
         async def presented() -> int:
             context = ssl.create_default_context(cafile=str(parts.certificate))
             context.load_cert_chain(caller.certificate, caller.key)
+            context.set_alpn_protocols(["h2"])
             host, port = address.split(":")
             _, writer = await asyncio.open_connection(host, int(port), ssl=context)
-            found: Any = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            shown: Any = writer.get_extra_info("ssl_object")
             writer.close()
-            return x509.load_der_x509_certificate(found).serial_number
+            assert shown.selected_alpn_protocol() == "h2"
+            return x509.load_der_x509_certificate(shown.getpeercert(binary_form=True)).serial_number
 
         first = await presented()
         assert await presented() == first
@@ -277,6 +280,22 @@ async def test_a_server_uses_what_its_files_say_now(tmp_path: Path, serving: Any
         async with tls.channel(address, [], caller) as channel:
             stub: Any = InferenceServiceStub(channel)
             assert (await stub.Generate(pb.GenerateRequest(model=TEXT, prompt="x"))).text == "x"
+
+
+async def test_a_server_that_stops_during_a_handshake_serves_nobody_after_it(tmp_path: Path) -> None:
+    parts = Authority.at(tmp_path)
+    own, caller = identity(parts, tmp_path, "inference"), identity(parts, tmp_path, "gateway")
+    async with gateways.serving(Backend(), own) as address:
+        host, port = address.split(":")
+        early = socket.create_connection((host, int(port)))
+        early.setblocking(False)
+    context = ssl.create_default_context(cafile=str(parts.certificate))
+    context.load_cert_chain(caller.certificate, caller.key)
+    async with asyncio.timeout(5):
+        with suppress(ConnectionError):  # or it is not let in at all
+            reader, writer = await asyncio.open_connection(sock=early, ssl=context, server_hostname=host)
+            assert await reader.read() == b""
+            writer.close()
 
 
 async def test_a_client_uses_what_its_files_say_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
