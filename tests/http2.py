@@ -40,9 +40,9 @@ def of_stream(frames: bytes, stream: int) -> bytes:
 
 
 def block(headers: Headers) -> bytes:
-    """A header block without compression: literal fields that nobody indexes."""
+    """A header block without compression: literal fields that nobody indexes. Latin-1, as on the wire."""
     return b"".join(
-        b"\x00" + _length(len(name)) + name.encode() + _length(len(value)) + value.encode()
+        b"\x00" + _length(len(name)) + name.encode("latin-1") + _length(len(value)) + value.encode("latin-1")
         for name, value in headers
     )
 
@@ -61,6 +61,23 @@ def _length(value: int) -> bytes:
 def message(body: bytes, flags: int = 0, length: int | None = None) -> bytes:
     """A length-prefixed gRPC message; `length` is what the prefix says."""
     return struct.pack(">BI", flags, len(body) if length is None else length) + body
+
+
+def call(path: str, kind: str = "application/grpc") -> tuple[tuple[str, str], ...]:
+    """Headers of a gRPC request."""
+    return (
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", path),
+        (":authority", "test"),
+        ("te", "trailers"),
+        ("content-type", kind),
+    )
+
+
+def request(stream: int, body: bytes, headers: Headers) -> bytes:
+    """All of a call: its headers and one frame of data."""
+    return frame(HEADERS, END_HEADERS, stream, block(headers)) + frame(DATA, END_STREAM, stream, body)
 
 
 class Connection:

@@ -68,8 +68,8 @@ def listen(server: grpc.aio.Server, address: str, identity: Identity | None = No
 
 
 def server_context(identity: Identity, protocols: Sequence[str] = ()) -> ssl.SSLContext:
-    """The same for servers in the event loop; `renew` it when the files have changed. `protocols` are those of
-    ALPN. Raises OSError, ssl.SSLError among them."""
+    """The same for servers in the event loop; `renew` it when the files have changed. `protocols`: of ALPN.
+    Raises OSError, ssl.SSLError among them."""
     context = _context(ssl.PROTOCOL_TLS_SERVER, identity)
     context.verify_mode = ssl.CERT_REQUIRED
     if protocols:

@@ -1,24 +1,17 @@
-"""The gRPC server of the inference service: with grpcio's client, and with frames that no client sends."""
+"""The gRPC server of the inference service, with grpcio's client."""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
 import itertools
-import logging
-import socket
-import struct
 import zlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from hpack import Decoder
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import NoOpTracer
@@ -30,142 +23,8 @@ from services.core.interceptors import server_stack
 from services.core.lifecycle import serving
 from tests import http2 as raw
 from tests.conftest import free_offset
-from tests.waiting import forever, pause, until
-
-MOST = 1 << 20  # bytes of a message
-SERVICE = "test.Shapes"
-HEADERS = (
-    (":method", "POST"),
-    (":scheme", "http"),
-    (":path", f"/{SERVICE}/Echo"),
-    (":authority", "test"),
-    ("te", "trailers"),
-    ("content-type", "application/grpc"),
-)
-
-
-@dataclass
-class Shapes:
-    """Methods of every shape, of bytes; what they saw, and how many of them run."""
-
-    running: int = 0
-    written: int = 0
-    metadata: list[tuple[str, Any]] = field(default_factory=list)
-    let_go: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @asynccontextmanager
-    async def ran(self) -> AsyncIterator[None]:
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-
-    async def echo(self, request: bytes, context: Any) -> bytes:
-        async with self.ran():
-            self.metadata = list(context.invocation_metadata())
-            return request
-
-    async def hang(self, request: bytes, context: Any) -> bytes:
-        async with self.ran():
-            await forever()
-        return b""
-
-    async def held(self, request: bytes, context: Any) -> bytes:
-        async with self.ran():
-            await self.let_go.wait()
-        return request
-
-    async def told(self, request: bytes, context: Any) -> bytes:
-        """The status that the request names."""
-        await context.send_initial_metadata((("first", "1"), ("first-bin", b"\0\xff")))
-        details = (("last", "2"), ("last-bin", b"\1"))
-        await context.abort(list(grpc.StatusCode)[int(request)], "naïve 100 %\n", details)
-
-    async def boom(self, request: bytes, context: Any) -> bytes:
-        raise ValueError("secret")
-
-    async def words(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
-        """As many messages as the request says, and of so many bytes."""
-        number, size = map(int, request.split())
-        async with self.ran():
-            for _ in range(number):
-                yield b"w" * size
-                self.written += 1
-
-    async def writes(self, request: bytes, context: Any) -> None:
-        for word in request.split():
-            await context.write(word)
-
-    async def joined(self, requests: AsyncIterator[bytes], context: Any) -> bytes:
-        return b" ".join([request async for request in requests])
-
-    async def upper(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        async with self.ran():
-            async for request in requests:
-                yield request.upper()
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        methods: dict[str, Any] = {
-            "Echo": unary(self.echo),
-            "Hang": unary(self.hang),
-            "Held": unary(self.held),
-            "Told": unary(self.told),
-            "Boom": unary(self.boom),
-            "Words": stream(self.words),
-            "Writes": stream(self.writes),
-            "Joined": grpc.stream_unary_rpc_method_handler(self.joined),
-            "Upper": grpc.stream_stream_rpc_method_handler(self.upper),
-        }
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
-
-
-@dataclass
-class Served:
-    shapes: Shapes
-    server: grpc.aio.Server
-    address: str
-    channel: grpc.aio.Channel
-
-    def unary(self, method: str, request: bytes, **more: Any) -> Any:
-        return self.channel.unary_unary(f"/{SERVICE}/{method}")(request, **more)
-
-    def stream(self, method: str, request: bytes, **more: Any) -> Any:
-        return self.channel.unary_stream(f"/{SERVICE}/{method}")(request, **more)
-
-    async def well(self) -> bool:
-        """It answers, and nothing of what came before is left."""
-        assert await self.unary("Echo", b"x", timeout=10) == b"x"
-        return not self.shapes.running
-
-
-def ours() -> http2.Server:
-    return http2.Server(max_message=MOST)
-
-
-def grpcio() -> grpc.aio.Server:
-    return grpc.aio.server(options=[("grpc.max_receive_message_length", MOST)])
-
-
-@asynccontextmanager
-async def served(made: Callable[[], grpc.aio.Server] = ours) -> AsyncIterator[Served]:
-    shapes, server = Shapes(), made()
-    server.add_generic_rpc_handlers((shapes.handler(),))
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
-    told = [("grpc.max_receive_message_length", -1)]
-    async with grpc.aio.insecure_channel(address, options=told) as channel:
-        yield Served(shapes, server, address, channel)
-    await server.stop(0)
-
-
-async def status(call: Any) -> tuple[grpc.StatusCode, str]:
-    try:
-        await call
-    except grpc.aio.AioRpcError as err:
-        return err.code(), err.details() or ""
-    return grpc.StatusCode.OK, ""
+from tests.shapes import MOST, SERVICE, Served, grpcio, ours, served, status
+from tests.waiting import pause, until
 
 
 @pytest.mark.parametrize("made", [ours, grpcio])
@@ -215,6 +74,29 @@ async def test_health_can_be_watched_until_the_stop(made: Any) -> None:
     assert states == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
+@pytest.mark.parametrize("made", [ours, grpcio])
+async def test_a_status_may_be_set_and_need_not_be_raised(made: Any) -> None:
+    async with served(made) as it:
+        for how in (b"return", b"raise", b"abort"):
+            call = it.unary("Ends", how)
+            code, details = await status(call)
+            assert code == grpc.StatusCode.NOT_FOUND, how
+            assert details == "nobody here" or how == b"raise"
+            assert dict(await call.trailing_metadata()) == {"last": "1"}
+        await until(lambda: it.shapes.done == [False] * 3, "callbacks ran, none of a cancelled call")
+
+
+@pytest.mark.parametrize(
+    "metadata", [(("Bad Name", "x"),), (("x", "two\r\nlines"),), (("x", "né"),), (("x", 1),)]
+)
+async def test_metadata_that_is_none_fails_its_call_only(metadata: Any) -> None:
+    async with served() as it:
+        for when in (b"first", b"last"):
+            it.shapes.metadata = list(metadata)
+            assert (await status(it.unary("Metadata", when)))[0] == grpc.StatusCode.UNKNOWN
+        assert await it.well()
+
+
 async def test_what_fails_inside_is_not_told() -> None:
     async with served() as it:
         assert await status(it.unary("Boom", b"")) == (grpc.StatusCode.UNKNOWN, "unexpected ValueError")
@@ -239,74 +121,33 @@ async def test_a_message_is_no_larger_than_allowed_inflated_or_not() -> None:
         assert await it.well()
 
 
-async def test_a_deadline_ends_what_forgets_it() -> None:
-    async with served() as it:
-        connection = await raw.Connection.open(it.address)
-        headers = (*HEADERS[:2], (":path", f"/{SERVICE}/Hang"), *HEADERS[3:], ("grpc-timeout", "50m"))
-        await connection.send(request(1, raw.message(b"x"), headers))
-        end = await connection.of(1, raw.HEADERS)  # from the server, not from a client's own clock
-        assert end is not None
-        assert b"4" in decoded(end.payload)
-        await until(it.well, "the handler has ended")
-        await connection.close()
-
-
 async def test_who_leaves_ends_the_handler() -> None:
     async with served() as it:
         call = it.unary("Hang", b"")
         await until(lambda: it.shapes.running == 1, "it runs")
         call.cancel()
         await until(lambda: it.shapes.running == 0, "cancelled")
+
+
+async def test_who_does_not_hear_that_it_is_cancelled_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.core.http2.server.CANCEL_S", 0.2)
+    async with served() as it:
         connection = await raw.Connection.open(it.address)
-        headers = (*HEADERS[:2], (":path", f"/{SERVICE}/Hang"), *HEADERS[3:])
-        await connection.send(b"".join(request(stream, raw.message(b"x"), headers) for stream in (1, 3, 5)))
-        await until(lambda: it.shapes.running == 3, "they run")
-        await connection.send(raw.frame(raw.RST_STREAM, 0, 3, struct.pack(">I", 8)))
-        await until(lambda: it.shapes.running == 2, "one was reset")
+        late = (*raw.call(f"/{SERVICE}/Deaf"), ("grpc-timeout", "10m"))
+        await connection.send(raw.request(1, raw.message(b"x"), late))
+        end = await connection.of(1, raw.HEADERS, timeout_s=5)
+        assert end is not None
+        assert it.shapes.running == 1, "its deadline is told all the same"
+        deaf = it.unary("Deaf", b"x")
+        await until(lambda: it.shapes.running == 2, "they run")
+        async with asyncio.timeout(5):
+            await it.server.stop(0)
+        assert await deaf.code() == grpc.StatusCode.UNAVAILABLE
+        it.shapes.let_go.set()
+        await until(lambda: it.shapes.running == 0, "they ended")
         await connection.close()
-        await until(it.well, "the others went with their connection")
-
-
-async def test_a_slow_reader_is_waited_for_and_holds_up_nobody() -> None:
-    async with served() as it:
-        connection = await raw.Connection.open(it.address, window=100)
-        headers = (*HEADERS[:2], (":path", f"/{SERVICE}/Words"), *HEADERS[3:])
-        await connection.send(request(1, raw.message(b"50 45"), headers))  # 50 bytes each
-        await until(lambda: it.shapes.written == 2, "as much as there is room for")
-        assert [m async for m in it.stream("Words", b"3 4")] == [b"wwww"] * 3
-        await connection.send(request(3, raw.message(b"1 45"), headers))
-        assert await connection.of(3, raw.DATA) is not None
-        assert it.shapes.written == 6
-        grant = struct.pack(">I", 10_000)
-        await connection.send(raw.frame(raw.WINDOW_UPDATE, 0, 1, grant))
-        await until(lambda: it.shapes.written == 54, "all of it")
-        whole = b"".join(f.payload for f in connection.frames if f.kind == raw.DATA and f.stream == 1)
-        assert whole == raw.message(b"w" * 45) * 50
-        await connection.close()
-        await until(it.well, "nothing is left")
-
-
-async def test_a_client_that_reads_nothing_is_given_up() -> None:
-    """It asks for acknowledgements without end, and takes none."""
-    async with served() as it:
-        greedy = socket.socket()
-        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        greedy.connect(("127.0.0.1", int(it.address.rpartition(":")[2])))
-        greedy.setblocking(False)
-        _, writer = await asyncio.open_connection(sock=greedy)
-        writer.transport.pause_reading()  # type: ignore[attr-defined]
-        writer.write(raw.PREFACE + raw.frame(raw.SETTINGS, 0, 0))
-        pings = raw.frame(raw.PING, 0, 0, b"12345678") * 10_000
-
-        async def ask() -> None:
-            for _ in range(1_000):
-                writer.write(pings)
-                await writer.drain()
-
-        with pytest.raises(ConnectionError):
-            await asyncio.wait_for(ask(), 30)
-        writer.transport.abort()
-        assert await it.well()
 
 
 async def test_two_thousand_calls_at_once_on_one_connection() -> None:
@@ -361,143 +202,6 @@ async def _refused(it: Served) -> bool:
     async with grpc.aio.insecure_channel(it.address) as channel:
         code, _ = await status(channel.unary_unary(f"/{SERVICE}/Echo")(b"", timeout=0.5))
     return code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-
-
-def request(stream: int, body: bytes, headers: raw.Headers = HEADERS) -> bytes:
-    head = raw.frame(raw.HEADERS, raw.END_HEADERS, stream, raw.block(headers))
-    return head + raw.frame(raw.DATA, raw.END_STREAM, stream, body)
-
-
-def _with(**fields: str) -> tuple[tuple[str, str], ...]:
-    changed = {k.strip("_").replace("_", "-"): v for k, v in fields.items()}
-    kept = [(k, v) for k, v in HEADERS if k.strip(":") not in changed]
-    pseudo = [(f":{k}", v) for k, v in changed.items() if k in ("method", "path", "scheme")]
-    plain = [(k, v) for k, v in changed.items() if k not in ("method", "path", "scheme")]
-    return (*pseudo, *kept, *plain)
-
-
-BOMB = gzip.compress(bytes(50 * MOST))
-BAD_REQUESTS = {
-    "another method": (request(1, b"", _with(method="GET")), b"415"),
-    "another type": (request(1, b"", _with(content_type="text/html")), b"415"),
-    "no such method": (request(1, raw.message(b""), _with(path="/x")), b"12"),
-    "a time-out without a unit": (request(1, raw.message(b""), _with(grpc_timeout="5")), b"13"),
-    "an encoding nobody knows": (request(1, raw.message(b""), _with(grpc_encoding="snappy")), b"12"),
-    "metadata that is not Base64": (request(1, raw.message(b""), _with(x_bin="?")), b"13"),
-    "no message": (request(1, b""), b"13"),
-    "two messages": (request(1, raw.message(b"") * 2), b"13"),
-    "half a message": (request(1, raw.message(b"abc", length=9)), b"13"),
-    "a message of 4 GB": (request(1, raw.message(b"abc", length=2**32 - 1)), b"8"),
-    "a flag nobody knows": (request(1, raw.message(b"abc", flags=7)), b"13"),
-    "compressed, but how?": (request(1, raw.message(b"abc", flags=1)), b"13"),
-    "not what it says": (request(1, raw.message(b"abc", flags=1), _with(grpc_encoding="gzip")), b"13"),
-    "half a gzip": (request(1, raw.message(BOMB[:99], flags=1), _with(grpc_encoding="gzip")), b"13"),
-    "a bomb": (
-        request(1, raw.message(BOMB[:16_000], flags=1), _with(grpc_encoding="gzip")),
-        b"8",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_REQUESTS)
-async def test_a_bad_request_has_its_status_and_spoils_nothing(name: str) -> None:
-    sent, expected = BAD_REQUESTS[name]
-    async with served() as it:
-        connection = await raw.Connection.open(it.address)
-        await connection.send(sent)
-        head = await connection.of(1, raw.HEADERS)
-        assert head is not None
-        assert head.flags & raw.END_STREAM
-        assert expected in decoded(head.payload)
-        await connection.send(request(3, raw.message(b"well")))
-        answer = await connection.of(3, raw.DATA)
-        assert answer is not None
-        assert answer.payload == raw.message(b"well")
-        await connection.close()
-        assert await it.well()
-
-
-def decoded(block: bytes) -> list[bytes]:
-    return [value for _, value in Decoder().decode(block, raw=True)]
-
-
-BROKEN = {
-    "a header that is no text": raw.frame(
-        raw.HEADERS, raw.END_HEADERS, 1, raw.block(HEADERS) + b"\0\1x\2\xff\xfe"
-    ),
-    "data on no stream": raw.frame(raw.DATA, 0, 0, b"x"),
-    "headers on an even stream": raw.frame(raw.HEADERS, raw.END_HEADERS, 2, raw.block(HEADERS)),
-    "headers that are none": raw.frame(raw.HEADERS, raw.END_HEADERS, 1, b"\xff\xff\xff\xff\xff"),
-    "a frame too large": raw.frame(raw.DATA, 0, 1, b"x" * 20_000),
-    "a window of nothing": raw.frame(raw.WINDOW_UPDATE, 0, 0, bytes(4)),
-    "a continuation of nothing": raw.frame(raw.CONTINUATION, 0, 1, b""),
-    "a promise": raw.frame(raw.PUSH_PROMISE, raw.END_HEADERS, 1, bytes(4)),
-    "headers without end": raw.frame(raw.HEADERS, 0, 1, raw.block(HEADERS))
-    + raw.frame(raw.CONTINUATION, 0, 1, raw.block([("x", "y" * 10_000)])) * 200,
-}
-
-
-async def test_who_does_not_speak_http2_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.core.http2.connection.GREETING_S", 0.2)
-    async with served() as it:
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b"", raw.PREFACE[:5]):
-            reader, writer = await asyncio.open_connection(*it.address.split(":"))
-            writer.write(said)
-            async with asyncio.timeout(5):
-                while await reader.read(1 << 10):
-                    pass
-            writer.close()
-        patient = await raw.Connection.open(it.address)
-        await pause(0.4, "a client that has greeted may be silent")
-        await patient.send(request(1, raw.message(b"well")))
-        assert await patient.of(1, raw.DATA) is not None
-        await patient.close()
-
-
-@pytest.mark.parametrize("name", BROKEN)
-async def test_who_breaks_the_protocol_is_hung_up_on(name: str) -> None:
-    async with served() as it:
-        good = await raw.Connection.open(it.address)
-        bad = await raw.Connection.open(it.address)
-        await bad.send(BROKEN[name])
-        await asyncio.wait_for(bad.closed.wait(), 10)
-        await good.send(request(1, raw.message(b"well")))
-        assert await good.of(1, raw.DATA) is not None
-        await good.close()
-        assert await it.well()
-
-
-frames = st.builds(
-    raw.frame,
-    st.integers(0, 11),
-    st.integers(0, 255),
-    st.sampled_from([0, 1, 3, 5, 2, 2**31 - 1]),
-    st.one_of(
-        st.binary(max_size=40),
-        st.just(raw.block(HEADERS)),
-        st.just(raw.message(b"x")),
-        st.binary(min_size=4, max_size=4),
-        st.binary(min_size=6, max_size=6),
-    ),
-)
-
-
-async def test_fuzzed_frames_leave_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
-    async with served() as it:
-        loop = asyncio.get_running_loop()
-
-        @given(st.lists(frames, max_size=12))
-        def fuzz(sent: list[bytes]) -> None:
-            asyncio.run_coroutine_threadsafe(throw(b"".join(sent)), loop).result(20)
-
-        async def throw(sent: bytes) -> None:
-            _, writer = await asyncio.open_connection(*it.address.split(":"))
-            writer.write(raw.PREFACE + raw.frame(raw.SETTINGS, 0, 0) + sent)
-            writer.close()
-
-        await asyncio.to_thread(fuzz)
-        await until(it.well, "nothing of it runs")
-    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @given(

@@ -8,18 +8,21 @@ import logging
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, NoReturn, Protocol
 
 import grpc
 import grpc.aio
 
-from services.core.http2.messages import Metadatum, Reader, Refused, prefixed
+from services.core.http2.headers import Metadatum, encoded
+from services.core.http2.messages import Reader, Refused, prefixed
 
 log = logging.getLogger(__name__)
 
 # Handlers that keep deadlines themselves can say more than the server can: they come first.
 DEADLINE_GRACE_S = 0.1
+# What a message takes besides its bytes.
+MESSAGE_BYTES = 64
 
 
 class Peer(Protocol):
@@ -30,17 +33,21 @@ class Peer(Protocol):
     @property
     def certificate(self) -> bytes | None: ...
 
-    def begin(self, stream: int, initial: Sequence[Metadatum]) -> None:
-        """Send a response's headers."""
+    def begin(self, stream: int, initial: bytes) -> None:
+        """Send a response's headers, with that block of metadata."""
 
-    async def send(self, stream: int, data: bytes) -> None:
-        """Send data when there is room for it in the client's windows."""
+    async def send(self, stream: int, data: bytes, begun: bool) -> None:
+        """Send data when there is room for it in the client's windows. `begun`: the response's headers were
+        sent. Raises grpc.aio.UsageError if other data of that stream still waits."""
 
-    def end(self, stream: int, begun: bool, code: int, details: str, trailing: Sequence[Metadatum]) -> None:
-        """Send a status, which ends the call. `begun`: the response's headers were sent."""
+    def end(self, stream: int, begun: bool, code: int, details: str, trailing: bytes) -> None:
+        """Send a status, which ends the call, with that block of metadata."""
 
     def took(self, stream: int, size: int) -> None:
         """Let the client send as many bytes again."""
+
+    def holds(self, stream: int, size: int) -> None:
+        """So many bytes of requests wait in memory."""
 
 
 class Call(grpc.aio.ServicerContext[Any, Any]):
@@ -64,15 +71,17 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._reader = reader
         self._requests: deque[bytes] = deque()
-        self._taken = 0  # bytes that came and may not be replaced yet
+        self._queued = 0  # bytes of them
+        self.untaken = 0  # bytes that came and may not be replaced yet
         self._more = asyncio.Event()
         self._half_closed = False
         self._begun = False
         self._over = False
-        self._cut: tuple[grpc.StatusCode, str] | None = None
+        self._left = False
         self._code: Any = None
         self._details = ""
         self._trailing: tuple[Metadatum, ...] = ()
+        self._trailing_block = b""
         self._callbacks: list[Any] = []
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -84,15 +93,12 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
 
     # -- what comes from the client ----------------------------------------------------------------------
 
-    @property
-    def held(self) -> int:
-        """Bytes of requests that wait here."""
-        return len(self._reader) + sum(map(len, self._requests))
-
     def data(self, data: bytes, size: int) -> None:
         """`size` is what the client's window has shrunk by. Raises Refused."""
-        self._requests.extend(self._reader.push(data))
-        self._taken += size
+        self.untaken += size
+        whole = self._reader.push(data)
+        self._requests.extend(whole)
+        self._queued += sum(map(len, whole)) + MESSAGE_BYTES * len(whole)
         if not self._handler.request_streaming:
             if len(self._requests) > 1:
                 raise Refused(grpc.StatusCode.INTERNAL, "two requests, but the method takes one")
@@ -100,6 +106,7 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         elif not self._requests:
             self._take()
         self._more.set()
+        self._hold()
 
     def half_close(self) -> None:
         """The client has said everything. Raises Refused."""
@@ -114,25 +121,26 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
             self._start()
 
     def leave(self) -> None:
-        """The client has gone: nobody is there to be told anything."""
+        """The client has gone, or has been told the end."""
+        self._left = not self._over
         self._over = True
         self._stop()
 
     def cut(self, code: grpc.StatusCode, details: str) -> None:
         """End it with that status, whatever the handler does."""
-        if self._task is None:
-            self._end(code, details)
-        elif self._cut is None:
-            self._cut = code, details
-            self._task.cancel()
+        self._end(code, details)
 
     def _expire(self) -> None:
         self.cut(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
 
     def _take(self) -> None:
-        taken, self._taken = self._taken, 0
-        if taken and not self._half_closed:
+        taken, self.untaken = self.untaken, 0
+        if taken:
             self._peer.took(self._stream, taken)
+
+    def _hold(self) -> None:
+        if not self._over:
+            self._peer.holds(self._stream, self._queued + len(self._reader))
 
     # -- the handler -------------------------------------------------------------------------------------
 
@@ -140,19 +148,28 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         self._task = asyncio.create_task(self._run(), name="call")
 
     async def _run(self) -> None:
-        code, details = grpc.StatusCode.OK, ""
         try:
-            handler = await self._found()
-            await self._answer(handler)
-            code, details = self._code or code, self._details
+            await self._answer(await self._found())
+            code, details = self._code or grpc.StatusCode.OK, self._details
         except grpc.aio.AbortError:
             code, details = self._code or grpc.StatusCode.UNKNOWN, self._details
         except asyncio.CancelledError:
-            code, details = self._cut or (grpc.StatusCode.CANCELLED, "cancelled by the server")
+            code, details = grpc.StatusCode.CANCELLED, "cancelled by the server"
         except Exception as err:
             log.exception("a handler failed")
             code, details = grpc.StatusCode.UNKNOWN, f"unexpected {type(err).__name__}"
+            if self._failed:
+                code, details = self._code, self._details
         self._end(code, details)
+        for callback in self._callbacks:
+            try:
+                callback(self)
+            except Exception:
+                log.exception("a callback of a call failed")
+
+    @property
+    def _failed(self) -> bool:
+        return self._code not in (None, 0, grpc.StatusCode.OK)
 
     async def _answer(self, handler: Any) -> None:
         decode = handler.request_deserializer
@@ -160,12 +177,14 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         if handler.request_streaming:
             argument = self._received(decode)
         else:
-            message = self._requests.popleft()
+            message = self._requests[0]  # held to the end of the call
             argument = decode(message) if decode else message
         inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         answer = inner(argument, self)
         if not handler.response_streaming:
-            await self.write(await answer)
+            response = await answer
+            if not self._failed:
+                await self.write(response)
         elif inspect.isasyncgen(answer):
             try:
                 async for response in answer:
@@ -186,8 +205,10 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
             self._more.clear()
             await self._more.wait()
         message = self._requests.popleft()
+        self._queued -= len(message) + MESSAGE_BYTES
         if not self._requests:
             self._take()
+        self._hold()
         return message
 
     def _end(self, code: Any, details: str) -> None:
@@ -195,10 +216,8 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
             self._over = True
             self._code, self._details = code, details
             number = code if isinstance(code, int) else code.value[0]
-            self._peer.end(self._stream, self._begun, number, details, self._trailing)
+            self._peer.end(self._stream, self._begun, number, details, self._trailing_block)
         self._stop()
-        for callback in self._callbacks:
-            callback(self)
 
     def _stop(self) -> None:
         if self._timer is not None:
@@ -206,10 +225,10 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
 
-    async def ended(self) -> None:
-        """Wait until the handler has come to its end."""
-        if self._task is not None:
-            await asyncio.wait([self._task])
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """The handler's, from when the request has come."""
+        return self._task
 
     # -- grpc.aio.ServicerContext ------------------------------------------------------------------------
 
@@ -223,28 +242,31 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
             raise asyncio.CancelledError
         encode = self._handler.response_serializer
         data = message if encode is None else encode(message)
-        if not self._begun:
-            self._begun = True
-            self._peer.begin(self._stream, ())
-        await self._peer.send(self._stream, prefixed(data))
+        begun, self._begun = self._begun, True
+        await self._peer.send(self._stream, prefixed(data), begun)
 
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
+        if self._over:
+            raise asyncio.CancelledError
         if self._begun:
             raise grpc.aio.UsageError("the headers of the response are sent already")
+        block = encoded(initial_metadata)
         self._begun = True
-        self._peer.begin(self._stream, tuple(initial_metadata))
+        self._peer.begin(self._stream, block)
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
-        self._code, self._details = code, details
         if trailing_metadata:
-            self._trailing = tuple(trailing_metadata)
+            self.set_trailing_metadata(trailing_metadata)
+        self._code, self._details = code, details or self._details
         raise grpc.aio.AbortError(details)
 
     async def abort_with_status(self, status: Any) -> NoReturn:
         await self.abort(status.code, status.details, status.trailing_metadata)
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
-        self._trailing = tuple(trailing_metadata)
+        trailing = tuple(trailing_metadata)
+        self._trailing_block = encoded(trailing)
+        self._trailing = trailing
 
     def trailing_metadata(self) -> Any:
         return self._trailing
@@ -293,7 +315,7 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         self._callbacks.append(callback)
 
     def cancelled(self) -> bool:
-        return self._over and self._code is None
+        return self._left or self._code == grpc.StatusCode.CANCELLED
 
     def done(self) -> bool:
         return self._over

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -12,14 +13,17 @@ import grpc
 import grpc.aio
 
 from services.core import tls
-from services.core.http2.connection import Budget, Connection, Terms
+from services.core.http2.connection import CLOSE_S, Budget, Connection, Terms
 from services.core.sockets import bound
 from services.core.tls import Identity
 
 log = logging.getLogger(__name__)
 
+PROTOCOLS = ("h2",)  # of ALPN, without which some clients do not talk
 BACKLOG = 1024
 HANDSHAKE_S = 10.0
+# How long a handler may take to end once it is cancelled.
+CANCEL_S = 5.0
 # Of requests that are not answered yet, in all connections together.
 MAX_HELD_BYTES = 512 << 20
 
@@ -34,8 +38,7 @@ class Server(grpc.aio.Server):
         self._interceptors = tuple(interceptors)
         self._generic: list[grpc.GenericRpcHandler] = []
         self._methods: dict[str, _Method] = {}
-        self._connections: set[Connection] = set()
-        self._terms = Terms(self._method, max_message, Budget(MAX_HELD_BYTES), self._connections)
+        self._terms = Terms(self._method, max_message, Budget(MAX_HELD_BYTES))
         self._listening: list[tuple[Any, ssl.SSLContext | None]] = []
         self._renewing: list[asyncio.Task[None]] = []
         self._servers: list[asyncio.Server] = []
@@ -47,10 +50,10 @@ class Server(grpc.aio.Server):
     def listen(self, address: str, identity: Identity | None = None) -> int:
         """The port. With an identity only for callers that have one, too. Raises OSError if it is taken or a
         file cannot be read."""
-        context = None if identity is None else tls.server_context(identity)
+        context = None if identity is None else tls.server_context(identity, PROTOCOLS)
         if context is not None:
-            context.set_alpn_protocols(["h2"])
-            self._renewing.append(asyncio.create_task(tls.renewing(context, identity), name="certificate"))
+            renewing = tls.renewing(context, identity, PROTOCOLS)
+            self._renewing.append(asyncio.create_task(renewing, name="certificate"))
         made = bound(address)
         self._listening.append((made, context))
         return int(made.getsockname()[1])
@@ -76,20 +79,25 @@ class Server(grpc.aio.Server):
 
     async def stop(self, grace: float | None) -> None:
         """Begin no more calls; those in progress may go on for `grace` seconds."""
+        self._terms.stopping = True
         for server in self._servers:
             server.close()
-        connections = list(self._connections)
+        connections = list(self._terms.connections)
         for connection in connections:
             connection.drain()
-        if connections and grace:
-            closed = [asyncio.create_task(connection.closed.wait()) for connection in connections]
-            await asyncio.wait(closed, timeout=grace)
+        if grace:
+            await _closed(connections, grace)
         calls = [call for connection in connections for call in connection.calls]
         for call in calls:
             call.cut(grpc.StatusCode.UNAVAILABLE, "the service is stopping")
-        await asyncio.gather(*(call.ended() for call in calls))
+        if tasks := [call.task for call in calls if call.task is not None]:
+            _, deaf = await asyncio.wait(tasks, timeout=CANCEL_S)
+            if deaf:
+                log.warning("%d handlers go on, though they were cancelled", len(deaf))
+        connections = list(self._terms.connections)
         for connection in connections:
             connection.close()
+        await _closed(connections, 2 * CLOSE_S)
         for task in self._renewing:
             task.cancel()
         self._stopped.set()
@@ -109,6 +117,13 @@ class Server(grpc.aio.Server):
                 return None
             known = self._methods[path] = _Method(handler, details, self._interceptors)
         return known.handler, known.whole
+
+
+async def _closed(connections: Iterable[Connection], timeout_s: float) -> None:
+    """Wait for it, no longer than that."""
+    closed = asyncio.gather(*(connection.closed.wait() for connection in connections))
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(closed, timeout_s)
 
 
 class _Details(grpc.HandlerCallDetails):
