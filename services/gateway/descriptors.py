@@ -16,9 +16,10 @@ from lingqu.inference.v1 import inference_pb2
 TEXT_SERVICE = "lingqu.inference.v1.InferenceService"
 TENSOR_SERVICE = "inference.GRPCInferenceService"
 
+HEALTH_PREFIX = "/grpc.health.v1.Health/"
 # Open to everybody: they tell nothing but what the published protos tell.
 OPEN_PREFIXES = (
-    "/grpc.health.v1.Health/",
+    HEALTH_PREFIX,
     "/grpc.reflection.v1.ServerReflection/",
     "/grpc.reflection.v1alpha.ServerReflection/",
 )
@@ -29,15 +30,22 @@ TENSOR_INFERENCE = ("ModelInfer", "ModelStreamInfer")
 TENSOR_DESCRIPTION = ("ModelMetadata", "ModelReady", "ModelConfig", "ModelStatistics")
 TENSOR_SERVER = ("ServerLive", "ServerReady", "ServerMetadata")
 
+# By service and method, the fields that name the model, and its version where there is one.
+NAMING: dict[str, dict[str, tuple[str, ...]]] = {
+    TEXT_SERVICE: dict.fromkeys(TEXT_METHODS, ("model",)),
+    TENSOR_SERVICE: {
+        **dict.fromkeys(TENSOR_INFERENCE, ("model_name", "model_version")),
+        **dict.fromkeys(TENSOR_DESCRIPTION, ("name", "version")),
+    },
+}
+
 
 def extractions() -> dict[str, Any]:
     """grpc_field_extraction's extractions_by_method."""
-    fields = {f"{TEXT_SERVICE}.{method}": ["model"] for method in TEXT_METHODS}
-    fields |= {f"{TENSOR_SERVICE}.{method}": ["model_name", "model_version"] for method in TENSOR_INFERENCE}
-    fields |= {f"{TENSOR_SERVICE}.{method}": ["name", "version"] for method in TENSOR_DESCRIPTION}
     return {
-        method: {"request_field_extractions": {name: {} for name in names}}
-        for method, names in fields.items()
+        f"{service}.{method}": {"request_field_extractions": {field: {} for field in fields}}
+        for service, methods in NAMING.items()
+        for method, fields in methods.items()
     }
 
 

@@ -14,7 +14,7 @@ from xds.type.matcher.v3 import matcher_pb2
 
 from services.core.errors import BackendUnavailable
 from services.gateway import xds
-from services.gateway.descriptors import OPEN_PREFIXES
+from services.gateway.descriptors import HEALTH_PREFIX
 from services.gateway.resources import parsed, to_resource
 from services.gateway.routes import ROUTES, local_reply
 from services.gateway.snapshot import Snapshot
@@ -73,11 +73,10 @@ def _leaving(snapshot: Snapshot) -> Snapshot:
     """Health is answered by Envoy, and it is not well."""
     route = local_reply(BackendUnavailable("this gateway is going; others take its place"))
     answer = parsed(matcher_pb2.Matcher.OnMatch, action(route))
-    health = OPEN_PREFIXES[0]
     known: Message = snapshot.found[xds.ROUTES][ROUTES].message
     made: Any = type(known)()
     made.CopyFrom(known)
-    made.virtual_hosts[0].matcher.matcher_tree.prefix_match_map.map[health].CopyFrom(answer)
+    made.virtual_hosts[0].matcher.matcher_tree.prefix_match_map.map[HEALTH_PREFIX].CopyFrom(answer)
     routes = {ROUTES: to_resource(made)}
     return replace(
         snapshot, version=f"{snapshot.version}-leaving", found={**snapshot.found, xds.ROUTES: routes}

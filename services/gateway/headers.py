@@ -1,6 +1,7 @@
 """Headers of requests. Those that begin with x- are the gateway's, for the services behind it: none of them
 is taken from a client."""
 
+OWN_PREFIX = "x-lingqu-"
 CLIENT_HEADER = "x-lingqu-client"
 MODEL_HEADER = "x-lingqu-model"
 VERSION_HEADER = "x-lingqu-model-version"
@@ -21,20 +22,6 @@ MAX_PRIORITY_HEADER = "x-lingqu-max-priority"
 PREFIX_HEADER = "x-lingqu-prefix"
 # When the limiter has let a request pass, where it tells that.
 ADMITTED_HEADER = "x-lingqu-admitted"
-OWN_HEADERS = (
-    CLIENT_HEADER,
-    MODEL_HEADER,
-    VERSION_HEADER,
-    KEY_HEADER,
-    KEY_MODELS_HEADER,
-    CERTIFICATE_HEADER,
-    SHADOW_HEADER,
-    PAIR_HEADER,
-    PREFIX_HEADER,
-    FALLBACK_HEADER,
-    MAX_PRIORITY_HEADER,
-    ADMITTED_HEADER,
-)
 
 # A client's: the number or name of the version it wants, and what its requests have in common.
 WANTED_HEADER = "lingqu-version"

@@ -24,7 +24,7 @@ from services.gateway.descriptors import TENSOR_SERVICE
 from services.gateway.filters.authentication import Issuer
 from services.gateway.filters.global_limits import UNREACHABLE
 from services.gateway.filters.local_limits import LIMIT_HEADER, concurrency_refusals
-from services.gateway.headers import CLIENT_HEADER, OWN_HEADERS
+from services.gateway.headers import CLIENT_HEADER, OWN_PREFIX
 from services.gateway.routes import OWN_REST, ROUTES
 from services.gateway.secrets import Secrets, downstream
 
@@ -241,6 +241,6 @@ def _strip_own_headers() -> dict[str, Any]:
         "typed_config": {
             "@type": "type.googleapis.com/"
             "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
-            "mutations": [{"remove": name} for name in OWN_HEADERS],
+            "mutations": [{"remove_on_match": {"key_matcher": {"prefix": OWN_PREFIX}}}],
         },
     }

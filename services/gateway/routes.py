@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from services.core.errors import LingquError, Unimplemented
@@ -10,13 +10,11 @@ from services.core.rest import MAX_BODY_BYTES
 from services.gateway import replies
 from services.gateway.clusters import ANY_REST, ANY_TRITON, CONTROL
 from services.gateway.descriptors import (
+    HEALTH_PREFIX,
+    NAMING,
     OPEN_PREFIXES,
-    TENSOR_DESCRIPTION,
-    TENSOR_INFERENCE,
     TENSOR_SERVER,
     TENSOR_SERVICE,
-    TEXT_METHODS,
-    TEXT_SERVICE,
 )
 from services.gateway.edge import MAX_MESSAGE_BYTES
 from services.gateway.filters import model, versions, web
@@ -36,8 +34,8 @@ from services.gateway.splits import (
 from services.gateway.view import Target, View
 
 ROUTES = "public"
-NAMING_MODELS = {TEXT_SERVICE: TEXT_METHODS, TENSOR_SERVICE: (*TENSOR_INFERENCE, *TENSOR_DESCRIPTION)}
 JSON = "envoy.filters.http.json_to_metadata"
+HEALTH_CHECK = "envoy.filters.http.health_check"
 # Requests that name a model in their JSON body, and whatever else REST answers.
 REST_WITH_MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 REST_OTHERS = ("/v1/", "/openapi.json")
@@ -60,8 +58,10 @@ def routes(view: View, cors_origins: Sequence[str] = (), branch: Branch = branch
     # A script answers for models that are unknown; what names no model is no method of ours.
     elsewhere = local_reply(Unimplemented("there is no such method on this port"))
     elsewhere["typed_per_filter_config"] = {**model.script(model.UNKNOWN), **versions.asked()}
+    health = {**to_control, "typed_per_filter_config": web.switched_on(HEALTH_CHECK)}
     services = {
         **{prefix: _grpc(to_control) for prefix in (*OPEN_PREFIXES, "/lingqu.gateway.v1.GatewayService/")},
+        HEALTH_PREFIX: _grpc(health),
         **{f"/{TENSOR_SERVICE}/{method}": _grpc(to_any_triton) for method in TENSOR_SERVER},
         **{
             f"/{service}{'' if service == TENSOR_STREAM else '/'}": _by_model(
@@ -102,15 +102,20 @@ def _own_rest() -> dict[str, Any]:
 def _unread(service: str, elsewhere: dict[str, Any]) -> dict[str, Any]:
     """Where requests come by that have not been read yet, within the times of edge.py, and where those stay
     that name no known model: a script answers them, so that they go nowhere."""
-    reading = {
-        "route": {"cluster": CONTROL, "timeout": "0s"},
-        "typed_per_filter_config": elsewhere["typed_per_filter_config"],
-        "request_body_buffer_limit": MAX_MESSAGE_BYTES,
-    }
+
+    def reading(fields: Iterable[str]) -> dict[str, Any]:
+        return {
+            "route": {"cluster": CONTROL, "timeout": "0s"},
+            "typed_per_filter_config": {**elsewhere["typed_per_filter_config"], **model.named_by(fields)},
+            "request_body_buffer_limit": MAX_MESSAGE_BYTES,
+        }
+
     if service == TENSOR_STREAM:
         # Triton's clients open their stream first, and ask when there is something to ask.
-        return _grpc({**reading, "route": {"cluster": CONTROL, **UNBOUNDED}})
-    branches = dict.fromkeys((f"/{service}/{method}" for method in NAMING_MODELS[service]), _grpc(reading))
+        fields = NAMING[TENSOR_SERVICE]["ModelStreamInfer"]
+        return _grpc({**reading(fields), "route": {"cluster": CONTROL, **UNBOUNDED}})
+    methods = NAMING[service].items()
+    branches = {f"/{service}/{method}": _grpc(reading(fields)) for method, fields in methods}
     return {"matcher": {"matcher_tree": _by_header(":path", branches), "on_no_match": action(elsewhere)}}
 
 
@@ -133,7 +138,7 @@ def _rest(known: dict[str, Any]) -> dict[str, Any]:
     replica."""
     # A request comes by here first, without a model: this switches the filter on that looks for one.
     reading = {
-        "typed_per_filter_config": {**web.switched_on(JSON), **versions.asked()},
+        "typed_per_filter_config": {**web.switched_on(JSON), **model.named_in_json(), **versions.asked()},
         "request_body_buffer_limit": MAX_BODY_BYTES,
     }
     unread = action({**_to_any_rest(), **reading})

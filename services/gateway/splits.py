@@ -65,19 +65,10 @@ def branch(
         instead = fallback or _refused(service, targets[0].model)
         shares = [entry for entry in (*shares, (instead, refused)) if entry[1]]
     named = {name: action(_named(service, target)) for name, target in sorted(asked.items())}
-    otherwise = _split(shares, keys if any(keys) else ())
-    if KINDS[service] == "tensor":
-        # Their messages say it already: no script has to.
-        own = {
-            str(number): action(
-                _route(service, replace(t, pinned=False), [])
-                if t.admits
-                else _refused(service, t.model, t.version)
-            )
-            for number, t in numbers.items()
-        }
-        otherwise = versions.by_message(own, _UNSERVED, otherwise)
-    return versions.by_version(named, _UNSERVED, otherwise)
+    own = {}
+    if KINDS[service] == "tensor":  # their messages say it already: no script has to
+        own = {str(number): action(_own(service, target)) for number, target in numbers.items()}
+    return versions.by_version(named, own, _UNSERVED, _split(shares, keys if any(keys) else ()))
 
 
 def thresholds(percents: Sequence[int]) -> list[int]:
@@ -154,6 +145,13 @@ def _named(service: str, target: Target) -> dict[str, Any]:
     if not target.admits:
         return _refused(service, target.model, target.version)
     return _route(service, target, [], pinned=True)
+
+
+def _own(service: str, target: Target) -> dict[str, Any]:
+    """The same, where the message asks for it."""
+    if not target.admits:
+        return _refused(service, target.model, target.version)
+    return _route(service, replace(target, pinned=False), [])
 
 
 def _refused(service: str, name: str, version: int | str = "") -> dict[str, Any]:

@@ -69,14 +69,16 @@ def routes_of(made: Snapshot, *, named: bool = False) -> list[dict[str, Any]]:
 
     def walk(node: Any) -> Iterator[dict[str, Any]]:
         if isinstance(node, dict):
-            by = node.get("matcher_tree", {}).get("input", {}).get("name")
-            if by in ("lingqu-version", "lingqu.version"):
-                node = node["matcher_tree" if named else "on_no_match"]
+            if "matcher_list" in node:  # by what asks for a version
+                node = {"of": node["matcher_list" if named else "on_no_match"]}
             if node.get("@type", "").endswith("route.v3.Route"):
                 yield node
             if node.get("@type", "").endswith("route.v3.RouteList"):
                 yield from node["routes"]
             for value in node.values():
+                yield from walk(value)
+        if isinstance(node, list):
+            for value in node:
                 yield from walk(value)
 
     routes = list(walk(as_dict(made, xds.ROUTES)["public"]["virtual_hosts"][0]["matcher"]))
@@ -200,7 +202,8 @@ def test_who_asks_for_a_version_gets_that_one_or_none(state: tuple[list[Replica]
     assert set(branches) == {f'["{model.name}"]' for model in models if model.weights}
     for model in models:
         if model.weights:
-            asked = branches[f'["{model.name}"]']["matcher"]["matcher_tree"]["exact_match_map"]["map"]
+            by_header, _ = branches[f'["{model.name}"]']["matcher"]["matcher_list"]["matchers"]
+            asked = by_header["on_match"]["matcher"]["matcher_tree"]["exact_match_map"]["map"]
             chosen = {n: leaf["action"]["typed_config"]["route"]["cluster"] for n, leaf in asked.items()}
             assert chosen == {
                 **{str(v): f"tensor/{m}/{v}" for m, v in found if m == model.name},
@@ -246,7 +249,7 @@ def test_what_browsers_and_json_need_is_off_unless_a_route_switches_it_on() -> N
     made = snapshot(view([], []), ENTRY)
     manager = as_dict(made, xds.LISTENER)["public"]["filter_chains"][0]["filters"][0]["typed_config"]
     off = {f["name"].rpartition(".")[2] for f in manager["http_filters"] if f.get("disabled")}
-    assert off >= {"grpc_web", "grpc_json_transcoder", "json_to_metadata"}
+    assert off >= {"grpc_web", "grpc_json_transcoder", "json_to_metadata", "health_check"}
     assert not any(f["name"].endswith(".cors") for f in manager["http_filters"])
     asked = replace(ENTRY, cors_origins=("https://app.example",))
     manager = as_dict(snapshot(view([], []), asked), xds.LISTENER)["public"]["filter_chains"][0]["filters"][0]

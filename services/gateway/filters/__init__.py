@@ -14,7 +14,7 @@ from services.gateway.filters import (
     versions,
     web,
 )
-from services.gateway.filters.chain import CHOICE, COMPOSITE, discovered, fixed, typed
+from services.gateway.filters.chain import CHOICE, COMPOSITE, NOTHING, discovered, fixed, typed
 
 if TYPE_CHECKING:
     from services.gateway.listener import Entry
@@ -40,22 +40,28 @@ def stack(entry: Entry) -> list[dict[str, Any]]:
         discovered(access.NAME, access.TYPE),
         access.key_models(),
         # A client that is refused by its own limit takes nothing from what others share.
-        discovered(local_limits.CLIENTS, CHOICE, COMPOSITE),
-        discovered(local_limits.MODELS, CHOICE, COMPOSITE),
+        discovered(local_limits.CLIENTS, CHOICE, NOTHING),
+        discovered(local_limits.MODELS, COMPOSITE, NOTHING),
         # Last, since it costs a call: what is refused for nothing is not asked for.
-        discovered(global_limits.NAME, CHOICE, COMPOSITE),
+        discovered(global_limits.NAME, COMPOSITE, NOTHING),
         model.scripts(),
-        fixed("router", typed("router.v3.Router", {"suppress_envoy_headers": True})),
+        _router(),
     ]
 
 
 def _health() -> dict[str, Any]:
     """Answers 503 to who asks whether the entry is well, once Envoy was told to fail its health check
-    (`lingqu drain gateway`); otherwise the question goes on to the control plane."""
+    (`lingqu drain gateway`); otherwise the question goes on to the control plane. On only where routes.py
+    says so."""
     path = {"name": ":path", "string_match": {"exact": "/grpc.health.v1.Health/Check"}}
-    return fixed(
-        "health_check", typed("health_check.v3.HealthCheck", {"pass_through_mode": True, "headers": [path]})
-    )
+    config = typed("health_check.v3.HealthCheck", {"pass_through_mode": True, "headers": [path]})
+    return fixed("health_check", config, disabled=True)
+
+
+def _router() -> dict[str, Any]:
+    """Statuses of gRPC's answers are counted once (`external.upstream_rq_*`), not twice."""
+    settings = {"suppress_envoy_headers": True, "suppress_grpc_request_failure_code_stats": True}
+    return fixed("router", typed("router.v3.Router", settings))
 
 
 def extensions(view: View, entry: Entry) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from services.gateway.clusters import LIMITER
-from services.gateway.filters.chain import ACTION, COMPOSITE, choice, typed
+from services.gateway.filters.chain import ACTION, matched, nothing, typed
 from services.gateway.filters.model import MODEL, state
 from services.gateway.headers import CLIENT_HEADER
 from services.gateway.limits.rules import limited
@@ -35,11 +35,11 @@ def global_limits(view: View, entry: Entry) -> dict[str, Any]:
     named = [_named(_client(), clients, "", "")] if clients else []
     named += [_named(state(), models, r'(\[")?', r'("\])?')] if models else []
     if not named:
-        return {"name": NAME, "typed_config": typed(COMPOSITE, {})}
+        return {"name": NAME, "typed_config": nothing()}
     predicate = named[0] if len(named) == 1 else {"or_matcher": {"predicate": named}}
     asked = typed(ACTION, {"typed_config": {"name": NAME, "typed_config": _rate_limit(entry)}})
     matcher = {"predicate": predicate, "on_match": {"action": {"name": NAME, "typed_config": asked}}}
-    return {"name": NAME, "typed_config": choice({"matcher_list": {"matchers": [matcher]}})}
+    return {"name": NAME, "typed_config": matched({"matcher_list": {"matchers": [matcher]}})}
 
 
 def _named(source: dict[str, Any], names: Iterable[str], before: str, after: str) -> dict[str, Any]:

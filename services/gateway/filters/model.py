@@ -26,9 +26,7 @@ LUA = "envoy.filters.http.lua"
 PIN, STREAM, PREFIX, UNKNOWN, UNSERVED = "pin", "stream", "prefix", "unknown", "unserved"
 
 _EXTRACTED = "envoy.filters.http.grpc_field_extraction"
-# Whichever of them there is.
-_SOURCES = (f"{_EXTRACTED}:model", f"{_EXTRACTED}:model_name", f"{_EXTRACTED}:name", f"{REST_METADATA}:model")
-_VERSION_SOURCES = (f"{_EXTRACTED}:model_version", f"{_EXTRACTED}:version")
+_STATE = "set_filter_state"
 
 
 def of_grpc() -> dict[str, Any]:
@@ -56,20 +54,37 @@ def of_rest() -> dict[str, Any]:
 
 
 def as_state() -> dict[str, Any]:
-    """Sets MODEL, and the version in a tensor request, and has the route chosen anew by them."""
-    values = [_value(MODEL, _SOURCES), _value(versions.OWN_VERSION, _VERSION_SOURCES)]
-    config = {"on_request_headers": values, "clear_route_cache": True}
-    return fixed("set_filter_state", structured("set_filter_state.v3.Config", config))
+    """Has the route chosen anew by the states that the first route sets (`named_by`, `named_in_json`)."""
+    return fixed(_STATE, structured(f"{_STATE}.v3.Config", {"clear_route_cache": True}))
 
 
-def _value(key: str, sources: Iterable[str]) -> dict[str, Any]:
-    text = "".join(f"%DYNAMIC_METADATA({source})%" for source in sources)
-    return {
-        "object_key": key,
-        "factory_key": "envoy.string",
-        "format_string": {"text_format_source": {"inline_string": text}, "omit_empty_values": True},
-        "skip_if_empty": True,
-    }
+def named_by(fields: Iterable[str]) -> dict[str, Any]:
+    """The `typed_per_filter_config` of a route whose requests name their model, and its version, in these
+    fields: they become MODEL and OWN_VERSION. Looking for all that others have would cost each request."""
+    states = zip((MODEL, versions.OWN_VERSION), fields, strict=False)
+    return _set({key: f"{_EXTRACTED}:{field}" for key, field in states})
+
+
+def named_in_json() -> dict[str, Any]:
+    """The same for REST."""
+    return _set({MODEL: f"{REST_METADATA}:model"})
+
+
+def _set(sources: Mapping[str, str]) -> dict[str, Any]:
+    values = [
+        {
+            "object_key": key,
+            "factory_key": "envoy.string",
+            "format_string": {
+                "text_format_source": {"inline_string": f"%DYNAMIC_METADATA({source})%"},
+                "omit_empty_values": True,
+            },
+            "skip_if_empty": True,
+        }
+        for key, source in sources.items()
+    ]
+    config = structured(f"{_STATE}.v3.Config", {"on_request_headers": values})
+    return {f"envoy.filters.http.{_STATE}": config}
 
 
 def by_model(branches: Mapping[str, Any], *, rest: bool = False) -> dict[str, Any]:

@@ -60,26 +60,24 @@ def appending(version: int) -> dict[str, Any]:
     return {"name": "envoy.filters.http.lua", "typed_config": config}
 
 
-def by_version(named: dict[str, Any], refusal: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
-    """A matcher by the version asked for in the header: one of `named`, another, or none."""
-    return _by(_HEADER, named, refusal, otherwise)
-
-
-def by_message(own: dict[str, Any], refusal: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
-    """The same by the number in a tensor request itself."""
-    return _by(_STATE, {f'["{number}"]': branch for number, branch in own.items()}, refusal, otherwise)
-
-
-def _by(
-    source: dict[str, Any], named: dict[str, Any], refusal: dict[str, Any], otherwise: dict[str, Any]
+def by_version(
+    named: dict[str, Any], own: dict[str, Any], refusal: dict[str, Any], otherwise: dict[str, Any]
 ) -> dict[str, Any]:
-    another = {"single_predicate": {"input": source, "value_match": _SOME}}
-    rest = {
-        "matcher_list": {"matchers": [{"predicate": another, "on_match": refusal}]},
-        "on_no_match": otherwise,
+    """A matcher by the version asked for in the header, one of `named`, or by the number in a tensor request
+    itself, one of `own`; others are refused. Most requests ask for none: they cost one look at each place."""
+    wishes = [_asked_in(_HEADER, named, refusal)]
+    if own:
+        spelt = {f'["{number}"]': branch for number, branch in own.items()}
+        wishes.append(_asked_in(_STATE, spelt, refusal))
+    return {"matcher": {"matcher_list": {"matchers": wishes}, "on_no_match": otherwise}}
+
+
+def _asked_in(source: dict[str, Any], known: dict[str, Any], refusal: dict[str, Any]) -> dict[str, Any]:
+    tree = {"input": source, "exact_match_map": {"map": known}}
+    return {
+        "predicate": {"single_predicate": {"input": source, "value_match": _SOME}},
+        "on_match": {"matcher": {"matcher_tree": tree, "on_no_match": refusal}},
     }
-    tree = {"input": source, "exact_match_map": {"map": named}}
-    return {"matcher": {"matcher_tree": tree, "on_no_match": {"matcher": rest}}}
 
 
 _HEADER = {
