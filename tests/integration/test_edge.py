@@ -69,6 +69,26 @@ async def ended(connection: Connection, stream: int, within_s: float) -> None:
     assert answer is not None or connection.closed.is_set()
 
 
+@pytest.mark.parametrize("value", [" v", "v\t", "\xff\xfe", "v" * 30_000])
+async def test_no_header_of_one_client_ends_the_streams_of_another(gateway: Gateway, value: str) -> None:
+    """Envoy has them all in one connection to a backend, and tells it what they say."""
+    async with gateway.channel() as channel:
+        stub: Any = InferenceServiceStub(channel)
+        stream = stub.StreamGenerate(pb.GenerateRequest(model=TEXT, prompt="a b"), metadata=gateway.metadata)
+        assert (await stream.read()).text == "a"
+        for name in ("x-some", "x-some-bin"):
+            other = await Connection.open(gateway.address)
+            block = asking(gateway, **{name: value})
+            head = frame(http2.HEADERS, 0, 1, block[:16_000])
+            head += frame(http2.CONTINUATION, http2.END_HEADERS, 1, block[16_000:])
+            await other.send(head + frame(http2.DATA, http2.END_STREAM, 1, http2.message(prompt("x"))))
+            await ended(other, 1, 5)
+            await other.close()
+        gateway.backend.hold.set()
+        assert (await stream.read()).text == "b"
+        assert await stream.code() == grpc.StatusCode.OK
+
+
 # Messages.
 
 

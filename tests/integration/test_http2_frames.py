@@ -124,6 +124,11 @@ async def test_who_breaks_the_protocol_is_hung_up_on(name: str) -> None:
         assert await it.well()
 
 
+latin = st.characters(max_codepoint=255)
+names = st.one_of(
+    st.sampled_from(["", ":path", ":status", "te", "grpc-timeout", "x-bin"]), st.text(latin, max_size=5)
+)
+values = st.text(latin, max_size=5)
 frames = st.builds(
     raw.frame,
     st.integers(0, 11),
@@ -132,6 +137,8 @@ frames = st.builds(
     st.one_of(
         st.binary(max_size=40),
         st.just(raw.block(ECHO)),
+        st.lists(st.tuples(names, values), max_size=4).map(lambda more: raw.block((*ECHO, *more))),
+        st.lists(st.tuples(names, values), max_size=4).map(raw.block),
         st.just(raw.message(b"x")),
         st.binary(min_size=4, max_size=4),
         st.binary(min_size=6, max_size=6),
@@ -234,6 +241,9 @@ FOREIGN = {
     "another transfer encoding": (*ECHO[:4], ("te", "gzip"), *ECHO[5:]),
     "headers a little too large": on("Echo", *((f"x-{i}", "v" * 3_000) for i in range(25))),
     "no path": (*ECHO[:2], *ECHO[3:]),
+    "no name": on("Echo", ("", "v")),
+    "two lengths": on("Echo", ("content-length", "6"), ("content-length", "6")),
+    "a deadline in ten thousand years": on("Echo", ("grpc-timeout", "99999999H")),
 }
 
 
@@ -254,6 +264,56 @@ async def test_headers_of_one_call_are_not_the_end_of_others(name: str) -> None:
         answer = await connection.of(1, raw.DATA)
         assert answer is not None
         assert answer.payload == raw.message(b"x")
+        await connection.close()
+
+
+LATE = {
+    "data": raw.frame(raw.DATA, 0, 3, b"late"),
+    "headers": raw.frame(raw.HEADERS, raw.END_HEADERS | raw.END_STREAM, 3, raw.block([("x", "y")])),
+    "nothing": raw.frame(raw.DATA, raw.END_STREAM, 3, b""),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+async def test_what_comes_after_the_end_of_a_request_ends_its_call_only(name: str) -> None:
+    async with served() as it:
+        connection = await raw.Connection.open(it.address)
+        await connection.send(b"".join(request(stream, raw.message(b"x"), on("Held")) for stream in (1, 3)))
+        await until(lambda: it.shapes.running == 2, "they run")
+        await connection.send(LATE[name])
+        end = await connection.of(3, raw.RST_STREAM)
+        assert end is not None
+        assert end.payload == struct.pack(">I", 5)  # STREAM_CLOSED
+        it.shapes.let_go.set()
+        assert await connection.of(1, raw.DATA) is not None
+        await connection.close()
+        await until(it.well, "nothing is left")
+
+
+async def test_trailers_of_a_client_end_its_request() -> None:
+    async with served() as it:
+        connection = await raw.Connection.open(it.address)
+        head = raw.frame(raw.HEADERS, raw.END_HEADERS, 1, raw.block(ECHO))
+        ends = raw.frame(raw.HEADERS, raw.END_HEADERS | raw.END_STREAM, 1, raw.block([("x", "y")]))
+        await connection.send(head + raw.frame(raw.DATA, 0, 1, raw.message(b"x")) + ends)
+        answer = await connection.of(1, raw.DATA)
+        assert answer is not None
+        assert answer.payload == raw.message(b"x")
+        await connection.close()
+
+
+async def test_an_answer_may_come_before_the_end_of_the_request() -> None:
+    """And the rest of it is not waited for."""
+    async with served() as it:
+        connection = await raw.Connection.open(it.address)
+        head = raw.frame(raw.HEADERS, raw.END_HEADERS, 1, raw.block(on("Told")))
+        await connection.send(head + raw.frame(raw.DATA, 0, 1, raw.message(b"x", flags=9)))
+        end = await connection.of(1, raw.RST_STREAM)
+        assert end is not None
+        assert end.payload == bytes(4)  # NO_ERROR
+        assert [f.kind for f in connection.frames if f.stream == 1] == [raw.HEADERS, raw.RST_STREAM]
+        await connection.send(raw.frame(raw.DATA, raw.END_STREAM, 1, b"rest") + request(3, raw.message(b"y")))
+        assert await connection.of(3, raw.DATA) is not None
         await connection.close()
 
 
@@ -381,6 +441,19 @@ FLOODS = {
     "priorities": raw.frame(raw.PRIORITY, 0, 1, bytes(5)),
     "frames nobody knows": raw.frame(0x42, 0, 1, bytes(5)),
 }
+
+
+async def test_a_client_may_measure_the_way_with_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.core.http2.connection.IDLE_FRAMES", 50)
+    monkeypatch.setattr("services.core.http2.connection.IDLE_FRAMES_PER_S", 0)
+    async with served() as it:
+        connection = await raw.Connection.open(it.address)
+        for number in range(200):
+            await connection.send(
+                request(1 + 2 * number, raw.message(b"x")) + raw.frame(raw.PING, 0, 0, bytes(8))
+            )
+            assert await connection.of(1 + 2 * number, raw.DATA) is not None
+        await connection.close()
 
 
 @pytest.mark.parametrize("name", FLOODS)
