@@ -52,7 +52,7 @@ async def test_metadata_and_statuses_both_ways(made: Any) -> None:
     async with served(made) as it:
         sent = (("plain", "a b"), ("twice", "1"), ("twice", "2"), ("some-bin", bytes(range(256))))
         await it.unary("Echo", b"", metadata=sent, timeout=60)
-        seen = [(k, v) for k, v in it.shapes.metadata if k != "user-agent"]
+        seen = [(each.key, each.value) for each in it.shapes.metadata if each.key != "user-agent"]
         assert seen == list(sent)
         for number, code in list(enumerate(grpc.StatusCode))[1:]:
             call = it.unary("Told", str(number).encode())
@@ -193,9 +193,12 @@ async def test_a_stop_ends_what_takes_longer_than_the_grace() -> None:
     async with served() as it:
         hanging = it.unary("Hang", b"x")
         await until(lambda: it.shapes.running == 1, "it runs")
+        before = asyncio.all_tasks()
         await it.server.stop(0.1)
         assert await hanging.code() == grpc.StatusCode.UNAVAILABLE
         assert it.shapes.running == 0
+        assert {task for task in asyncio.all_tasks() - before if not task.done()} == set()
+        assert not [task for task in before if task.get_name() == "call" and not task.done()]
 
 
 async def _refused(it: Served) -> bool:

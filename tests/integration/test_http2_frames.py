@@ -520,6 +520,25 @@ async def test_a_stop_says_once_what_is_answered() -> None:
         assert told == [struct.pack(">I", (1 << 31) - 1), struct.pack(">I", 3)]
 
 
+async def test_a_stop_without_grace_answers_what_began_and_refuses_what_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.core.http2.server.CANCEL_S", 0.5)
+    async with served() as it:
+        connection = await raw.Connection.open(it.address)
+        await connection.send(request(1, raw.message(b"x"), on("Deaf")))
+        await until(lambda: it.shapes.running == 1, "it runs")
+        stopping = asyncio.create_task(it.server.stop(0))
+        end = await connection.of(1, raw.HEADERS)
+        assert end is not None
+        assert b"14" in decoded(end.payload)
+        await connection.send(request(3, raw.message(b"y")))
+        refused = await connection.of(3, raw.RST_STREAM, raw.HEADERS)
+        assert refused is None or refused.payload == struct.pack(">I", 7)  # or it is closed already
+        it.shapes.let_go.set()
+        await stopping
+
+
 async def test_requests_that_were_read_are_not_held_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """And small ones are not free."""
     monkeypatch.setattr("services.core.http2.server.MAX_HELD_BYTES", 1 << 20)

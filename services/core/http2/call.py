@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol
 import grpc
 import grpc.aio
 
-from services.core.http2.headers import Metadatum, encoded
+from services.core.http2.headers import Metadata, Metadatum, encoded
 from services.core.http2.messages import Reader, Refused, prefixed
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         self._left = False
         self._code: Any = None
         self._details = ""
-        self._trailing: tuple[Metadatum, ...] = ()
+        self._trailing: Metadata = ()
         self._trailing_block = b""
         self._callbacks: list[Any] = []
         self._task: asyncio.Task[None] | None = None
@@ -177,7 +177,7 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         if handler.request_streaming:
             argument = self._received(decode)
         else:
-            message = self._requests[0]  # held to the end of the call
+            message = self._requests.popleft()  # counts as held to the end: the handler has it now
             argument = decode(message) if decode else message
         inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         answer = inner(argument, self)
@@ -257,7 +257,8 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
         if trailing_metadata:
             self.set_trailing_metadata(trailing_metadata)
-        self._code, self._details = code, details or self._details
+        self.set_code(code)
+        self._details = details or self._details
         raise grpc.aio.AbortError(details)
 
     async def abort_with_status(self, status: Any) -> NoReturn:
@@ -275,6 +276,8 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         return self._metadata
 
     def set_code(self, code: Any) -> None:
+        if not isinstance(code, int | grpc.StatusCode):
+            raise TypeError(f"{code!r} is no status")
         self._code = code
 
     def code(self) -> Any:

@@ -203,7 +203,7 @@ class Connection(asyncio.Protocol):
                 self._idle()
             case h2.events.PingAckReceived():
                 if self._draining is not None:
-                    self._on_drained()
+                    self.refuse()
             case h2.events.ConnectionTerminated():
                 self._leaving = True
                 self._close_if_left()
@@ -232,7 +232,8 @@ class Connection(asyncio.Protocol):
             reader = Reader(request.encoding, self._terms.max_message)
             self._calls[stream] = Call(self, stream, *found, request.metadata, request.timeout_s, reader)
         except Refused as refused:
-            self._finish(stream, headers.BEGIN + headers.status(refused.code.value[0], refused.details))
+            status = headers.status(refused.code.value[0], refused.details)
+            self._finish(stream, headers.BEGIN + status + headers.ACCEPTED)
 
     def _on_data(self, event: h2.events.DataReceived) -> None:
         stream, size = event.stream_id, event.flow_controlled_length
@@ -333,9 +334,10 @@ class Connection(asyncio.Protocol):
         self._h2.ping(b"draining")  # what comes before the answer was begun in ignorance
         self._write(self._h2.go_away(ALL_STREAMS))
         self._flush()
-        self._draining = self._loop.call_later(DRAIN_S, self._on_drained)
+        self._draining = self._loop.call_later(DRAIN_S, self.refuse)
 
-    def _on_drained(self) -> None:
+    def refuse(self) -> None:
+        """Calls that begin from now on are not answered, and the client knows which."""
         if self._last is not None or self._transport.is_closing():
             return
         self._last = self._h2.highest_inbound_stream_id

@@ -12,14 +12,15 @@ import binascii
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 from urllib.parse import quote_from_bytes
 
 import grpc
 
-from services.core.http2.messages import Refused
+from services.core.http2.messages import ENCODINGS, Refused
 
-Metadatum: TypeAlias = "tuple[str, str | bytes]"
+# What handlers give, as for grpcio.
+Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
 
 MAX_HEADERS = 64 << 10  # bytes, as HTTP/2 counts them
 FIELD = 32  # bytes that HTTP/2 counts for a field besides its name and value
@@ -51,6 +52,11 @@ _OUR_VALUE = re.compile(r"(?:[!-~](?:[ -~]*[!-~])?)?")
 _UNQUOTED = bytes(b for b in range(0x20, 0x7F) if b != ord("%")).decode()
 
 
+class Metadatum(NamedTuple):
+    key: str
+    value: str | bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """`is_grpc`: whether it is a call at all. `timeout_s`: None if it has no deadline."""
@@ -76,9 +82,9 @@ def request(headers: Iterable[tuple[bytes, bytes]]) -> Request:
             raise Refused(grpc.StatusCode.INTERNAL, "a header has characters that headers may not have")
         key = name.decode()
         if name.endswith(b"-bin"):
-            told.extend((key, _binary(key, each)) for each in value.split(b","))
+            told.extend(Metadatum(key, _binary(key, each)) for each in value.split(b","))
         else:
-            told.append((key, _text(value)))
+            told.append(Metadatum(key, _text(value)))
     if size > MAX_HEADERS:
         raise Refused(
             grpc.StatusCode.RESOURCE_EXHAUSTED, f"headers of {size} bytes, but at most {MAX_HEADERS}"
@@ -117,7 +123,7 @@ def _binary(name: str, value: bytes) -> bytes:
         raise Refused(grpc.StatusCode.INTERNAL, f"{name} is not Base64") from err
 
 
-def encoded(metadata: Iterable[Metadatum]) -> bytes:
+def encoded(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
     """A block of it. Raises ValueError if gRPC does not allow a name or a value."""
     block = bytearray()
     for name, value in metadata:
@@ -164,4 +170,6 @@ def _length(size: int) -> bytes:
     return bytes((*out, size))
 
 
+# Of a refusal, for those whose encoding it was.
+ACCEPTED = _field(b"grpc-accept-encoding", ENCODINGS.encode())
 _STATUSES = [_field(b"grpc-status", b"%d" % code) for code in range(17)]

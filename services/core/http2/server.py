@@ -23,7 +23,7 @@ PROTOCOLS = ("h2",)  # of ALPN, without which some clients do not talk
 BACKLOG = 1024
 HANDSHAKE_S = 10.0
 # How long a handler may take to end once it is cancelled.
-CANCEL_S = 5.0
+CANCEL_S = 2.0
 # Of requests that are not answered yet, in all connections together.
 MAX_HELD_BYTES = 512 << 20
 
@@ -87,6 +87,9 @@ class Server(grpc.aio.Server):
             connection.drain()
         if grace:
             await _closed(connections, grace)
+        connections = list(self._terms.connections)
+        for connection in connections:
+            connection.refuse()
         calls = [call for connection in connections for call in connection.calls]
         for call in calls:
             call.cut(grpc.StatusCode.UNAVAILABLE, "the service is stopping")
@@ -94,7 +97,6 @@ class Server(grpc.aio.Server):
             _, deaf = await asyncio.wait(tasks, timeout=CANCEL_S)
             if deaf:
                 log.warning("%d handlers go on, though they were cancelled", len(deaf))
-        connections = list(self._terms.connections)
         for connection in connections:
             connection.close()
         await _closed(connections, 2 * CLOSE_S)
