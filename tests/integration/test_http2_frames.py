@@ -89,6 +89,9 @@ BROKEN = {
     "a window of nothing": raw.frame(raw.WINDOW_UPDATE, 0, 0, bytes(4)),
     "a continuation of nothing": raw.frame(raw.CONTINUATION, 0, 1, b""),
     "a promise": raw.frame(raw.PUSH_PROMISE, raw.END_HEADERS, 1, bytes(4)),
+    "a header of 200 KB": raw.frame(raw.HEADERS, 0, 1, raw.block([*ECHO, ("x", "y" * 200_000)])[:16_000])
+    + raw.frame(raw.CONTINUATION, 0, 1, b"y" * 16_000) * 11
+    + raw.frame(raw.CONTINUATION, raw.END_HEADERS, 1, raw.block([*ECHO, ("x", "y" * 200_000)])[192_000:]),
     "headers without end": raw.frame(raw.HEADERS, 0, 1, raw.block(ECHO))
     + raw.frame(raw.CONTINUATION, 0, 1, raw.block([("x", "y" * 10_000)])) * 200,
 }

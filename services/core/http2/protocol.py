@@ -7,17 +7,20 @@ from typing import Any
 
 import h2.connection
 import h2.events
+import h2.exceptions
 import h2.settings
 from h2.config import H2Configuration
 from h2.stream import StreamClosedBy, StreamState
-from hyperframe.frame import GoAwayFrame
+from hyperframe.frame import GoAwayFrame, HeadersFrame
 
 from services.core.http2 import headers
 
 MAX_STREAMS = 8_192
 STREAM_WINDOW = 1 << 20
 CONNECTION_WINDOW = 16 << 20
-# A header block of more bytes ends the connection; of more than MAX_HEADERS, its call.
+# Headers of more bytes end the connection, on the wire or as HTTP/2 counts them; of more than MAX_HEADERS,
+# their call. Nobody honest needs more on the wire, and for each field hpack copies all that follows it.
+MAX_BLOCK = 128 << 10
 MAX_INFLATED_HEADERS = 256 << 10
 # Of what is sent: a client that would take more is written to as fast as it reads all the same.
 MAX_FRAME = 64 << 10
@@ -68,6 +71,11 @@ class Protocol(h2.connection.H2Connection):
     @property
     def open_inbound_streams(self) -> int:
         return len(self.streams)
+
+    def _receive_headers_frame(self, frame: HeadersFrame) -> tuple[list[Any], list[h2.events.Event]]:
+        if len(frame.data) > MAX_BLOCK:
+            raise h2.exceptions.DenialOfServiceError(f"a header block of {len(frame.data)} bytes")
+        return super()._receive_headers_frame(frame)
 
     def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Any], list[h2.events.Event]]:
         return [], [h2.events.ConnectionTerminated()]
