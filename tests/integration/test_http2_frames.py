@@ -437,6 +437,8 @@ async def test_windows_and_tables_may_shrink_while_a_response_goes_on() -> None:
 FLOODS = {
     "resets": raw.frame(raw.HEADERS, raw.END_HEADERS, 1, raw.block(ECHO))
     + raw.frame(raw.RST_STREAM, 0, 1, struct.pack(">I", 8)),
+    "resets of what is refused": raw.frame(raw.HEADERS, raw.END_HEADERS, 1, raw.block(on("None")))
+    + raw.frame(raw.RST_STREAM, 0, 1, struct.pack(">I", 8)),
     "resets of its own making": raw.frame(raw.HEADERS, raw.END_HEADERS, 1, raw.block(ECHO))
     + raw.frame(raw.WINDOW_UPDATE, 0, 1, struct.pack(">I", (1 << 31) - 1)),
     "settings": raw.frame(raw.SETTINGS, 0, 0),
@@ -467,9 +469,10 @@ async def test_who_asks_for_nothing_again_and_again_is_hung_up_on(
     async with served() as it:
         connection = await raw.Connection.open(it.address)
         part = FLOODS[name]
-        streams = ("resets", "resets of its own making")
         await connection.send(
-            b"".join(raw.of_stream(part, 1 + 2 * i) if name in streams else part for i in range(2_000))
+            b"".join(
+                raw.of_stream(part, 1 + 2 * i) if name.startswith("resets") else part for i in range(2_000)
+            )
         )
         await asyncio.wait_for(connection.closed.wait(), 10)
         end = await connection.of(0, raw.GOAWAY)  # None: what it still sent came to a closed door

@@ -295,8 +295,8 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, stream: int, block: bytes) -> None:
         """Send the last headers of a response."""
-        self._patience.left += 1
         if self._h2.is_open(stream) and not self._transport.is_closing():
+            self._patience.left += 1
             last = self._h2.headers(stream, block, END_STREAM)
             self._write(last + self._h2.forget(stream))
         self._dismiss(stream)
