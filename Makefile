@@ -39,7 +39,7 @@ bench-gateway: install $(MODELS)             ## what the entry costs, policy by 
 
 bench-inference: install $(MODELS)           ## generation, vectors, caches, held streams; peers that are installed
 	@$(PIP) install -q -c constraints.txt 'sentence-transformers>=5,<6'
-	$(BIN)/python -m bench text vectors held peers $(ARGS)
+	$(BIN)/python -m bench rpc text vectors held peers $(ARGS)
 
 bench-limits: install                        ## decisions, latency and exactness of global limits under kills
 	$(BIN)/python -m bench.limits $(ARGS)

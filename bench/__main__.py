@@ -15,6 +15,7 @@ from bench import (
     metrics,
     peers,
     rest,
+    rpc,
     startup,
     streams,
     suite,
@@ -27,6 +28,7 @@ from bench.report import Target, judged
 OFFSET = 1000
 # With parts of their own, not on a running suite.
 ALONE = {"startup": startup.measure, "control": control.measure, "streams": streams.measure}
+ALONE |= {"rpc": rpc.measure}
 MEASURES = {"tensor": tensor.measure, "text": text.measure, "vectors": vectors.measure, "held": held.measure}
 MEASURES |= {
     "gateway": gateway.measure,
