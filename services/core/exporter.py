@@ -6,7 +6,6 @@ when the files say something else."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import grpc
@@ -14,9 +13,8 @@ from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExp
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData
 
 from services.core import tls
+from services.core.renewal import Renewed
 from services.core.tls import Identity
-
-log = logging.getLogger(__name__)
 
 TIMEOUT_S = 2
 # Not also UNAVAILABLE: the next export tells the totals as well, and a process that ends behind the metrics
@@ -31,49 +29,36 @@ def to(address: str, identity: Identity | None = None) -> MetricExporter:
         return OTLPMetricExporter(
             endpoint=address, insecure=True, timeout=TIMEOUT_S, retryable_error_codes=AGAIN
         )
-    return _Renewed(address, identity)
+    return _Secured(address, identity)
 
 
-class _Renewed(MetricExporter):
+class _Secured(MetricExporter):
     """For one thread."""
 
     def __init__(self, address: str, identity: Identity) -> None:
         super().__init__()
         self._address, self._identity = address, identity
-        self._seen = identity.written
-        self._now = self._made()
+        self._files = Renewed(self._made, lambda: identity.written)
 
     def export(
         self, metrics_data: MetricsData, timeout_millis: float = 10_000, **given: Any
     ) -> MetricExportResult:
-        self._renew()
-        return self._now.export(metrics_data, timeout_millis, **given)
+        former = self._files.now
+        if self._files.renew():
+            former.shutdown()
+        return self._files.now.export(metrics_data, timeout_millis, **given)
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
-        return self._now.force_flush(timeout_millis)
+        return self._files.now.force_flush(timeout_millis)
 
     def shutdown(self, timeout_millis: float = 30_000, **given: Any) -> None:
-        self._now.shutdown(timeout_millis, **given)
-
-    def _renew(self) -> None:
-        try:
-            if (written := self._identity.written) == self._seen:
-                return
-            made = self._made()
-        except (OSError, ValueError) as err:
-            log.warning("the certificate in use stays, the new one cannot be read: %s", err)
-            return
-        self._now.shutdown()
-        self._now, self._seen = made, written
+        self._files.now.shutdown(timeout_millis, **given)
 
     def _made(self) -> OTLPMetricExporter:
-        tls.client_context(self._identity)  # gRPC would take a wrong key without a word
-        certificate, key, ca = self._identity.read()
-        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         return OTLPMetricExporter(
             endpoint=self._address,
             insecure=False,
-            credentials=credentials,
+            credentials=tls.channel_credentials(self._identity),
             timeout=TIMEOUT_S,
             retryable_error_codes=AGAIN,
         )

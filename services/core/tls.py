@@ -1,13 +1,13 @@
 """Who a part is to the other parts: mutual TLS for every connection between them, with certificates of one CA
 that signs nobody else's. Without an identity connections are plain, for parts that share a machine or a mesh.
 
-A certificate that was renewed is used without a restart: servers look at their files at every handshake,
-clients when a call begins (renewal.py). Connections that are there go on."""
+A certificate that was renewed is used without a restart: grpcio's servers look at their files at every
+handshake, those in the event loop every second, clients when a call begins (renewal.py). Connections that are
+there go on."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +16,7 @@ from typing import Any
 
 import grpc
 
-from services.core.renewal import RenewedChannel
-
-log = logging.getLogger(__name__)
+from services.core.renewal import Renewed, RenewedChannel
 
 # How often files of certificates are looked at.
 RENEW_S = 1.0
@@ -51,12 +49,16 @@ def channel(address: str, options: Options, identity: Identity | None = None) ->
         return grpc.aio.insecure_channel(address, options=options)
 
     def made() -> grpc.aio.Channel:
-        client_context(identity)  # gRPC would take a wrong key without a word
-        certificate, key, ca = identity.read()
-        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-        return grpc.aio.secure_channel(address, credentials, options=options)
+        return grpc.aio.secure_channel(address, channel_credentials(identity), options=options)
 
     return RenewedChannel(made, lambda: identity.written)
+
+
+def channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
+    """Of the files as they are now. Raises OSError, ssl.SSLError among them."""
+    client_context(identity)  # gRPC would take a wrong key without a word
+    certificate, key, ca = identity.read()
+    return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
 def listen(server: grpc.aio.Server, address: str, identity: Identity | None = None) -> int:
@@ -68,7 +70,7 @@ def listen(server: grpc.aio.Server, address: str, identity: Identity | None = No
 
 
 def server_context(identity: Identity, protocols: Sequence[str] = ()) -> ssl.SSLContext:
-    """The same for servers in the event loop; `renew` it when the files have changed. `protocols`: of ALPN.
+    """The same for servers in the event loop; `renewing` keeps it current. `protocols`: of ALPN.
     Raises OSError, ssl.SSLError among them."""
     context = _context(ssl.PROTOCOL_TLS_SERVER, identity)
     context.verify_mode = ssl.CERT_REQUIRED
@@ -82,17 +84,6 @@ def client_context(identity: Identity) -> ssl.SSLContext:
     return _context(ssl.PROTOCOL_TLS_CLIENT, identity)
 
 
-def renew(context: ssl.SSLContext, identity: Identity, protocols: Sequence[str] = ()) -> None:
-    """Handshakes of a server from now on go by what is in the files now. Raises as server_context does."""
-    now = server_context(identity, protocols)
-
-    def replace(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, former: ssl.SSLContext) -> None:
-        connection.context = now
-
-    # Not loaded into the context that there is: it would go on trusting the former CA.
-    context.sni_callback = replace
-
-
 def _context(protocol: int, identity: Identity) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -104,18 +95,20 @@ def _context(protocol: int, identity: Identity) -> ssl.SSLContext:
 async def renewing(
     context: ssl.SSLContext | None, identity: Identity | None, protocols: Sequence[str] = ()
 ) -> None:
-    """`renew` it whenever a file changes, for ever; nothing for those who have none."""
+    """Whenever a file changes, for ever, let a server's handshakes go by it; nothing for those who have
+    none."""
     if context is None or identity is None:
         return
-    seen = identity.written
+    files = Renewed(lambda: server_context(identity, protocols), lambda: identity.written, context)
+
+    def current(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, first: ssl.SSLContext) -> None:
+        connection.context = files.now
+
+    # Not loaded into the context that there is: it would go on trusting the former CA.
+    context.sni_callback = current
     while True:
         await asyncio.sleep(RENEW_S)
-        try:
-            if (written := identity.written) != seen:
-                renew(context, identity, protocols)
-                seen = written
-        except OSError as err:
-            log.warning("the certificate in use stays, the new one cannot be read: %s", err)
+        files.renew()
 
 
 def _server_credentials(identity: Identity) -> grpc.ServerCredentials:
@@ -123,24 +116,9 @@ def _server_credentials(identity: Identity) -> grpc.ServerCredentials:
         certificate, key, ca = identity.read()
         return grpc.ssl_server_certificate_configuration([(key, certificate)], ca)
 
-    seen = identity.written
-
-    def renewed() -> grpc.ServerCertificateConfiguration | None:
-        """None: nothing has changed. What cannot be read, half written perhaps, is tried the next time."""
-        nonlocal seen
-        try:
-            written = identity.written
-            if written == seen:
-                return None
-            made = configuration()
-        except (OSError, ValueError) as err:
-            log.warning("the certificate in use stays, the new one cannot be read: %s", err)
-            return None
-        seen = written
-        return made
-
+    files = Renewed(configuration, lambda: identity.written)
     return grpc.dynamic_ssl_server_credentials(
-        configuration(),
-        renewed,  # type: ignore[arg-type] # None is what grpc's documentation asks for
+        files.now,
+        lambda: files.now if files.renew() else None,  # type: ignore[arg-type,return-value] # None: as before
         require_client_authentication=True,
     )

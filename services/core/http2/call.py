@@ -126,9 +126,14 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
         self._over = True
         self._stop()
 
-    def cut(self, code: grpc.StatusCode, details: str) -> None:
+    def cut(self, code: grpc.StatusCode | int, details: str) -> None:
         """End it with that status, whatever the handler does."""
-        self._end(code, details)
+        if not self._over:
+            self._over = True
+            self._code, self._details = code, details
+            number = code if isinstance(code, int) else code.value[0]
+            self._peer.end(self._stream, self._begun, number, details, self._trailing_block)
+        self._stop()
 
     def _expire(self) -> None:
         self.cut(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
@@ -160,7 +165,7 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
             code, details = grpc.StatusCode.UNKNOWN, f"unexpected {type(err).__name__}"
             if self._failed:
                 code, details = self._code, self._details
-        self._end(code, details)
+        self.cut(code, details)
         for callback in self._callbacks:
             try:
                 callback(self)
@@ -210,14 +215,6 @@ class Call(grpc.aio.ServicerContext[Any, Any]):
             self._take()
         self._hold()
         return message
-
-    def _end(self, code: Any, details: str) -> None:
-        if not self._over:
-            self._over = True
-            self._code, self._details = code, details
-            number = code if isinstance(code, int) else code.value[0]
-            self._peer.end(self._stream, self._begun, number, details, self._trailing_block)
-        self._stop()
 
     def _stop(self) -> None:
         if self._timer is not None:
